@@ -1,0 +1,34 @@
+"""stopfast: exact, fast pre-training of vision transformers by location-aware masked image modelling.
+
+The public names are loaded on first use, so that importing one kernel does not import the library.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from stopfast.checkpoint import load_published
+    from stopfast.encoder import VisionTransformer
+    from stopfast.masking import MaskCollator, MultiBlockMasks
+    from stopfast.predictor import Predictor
+
+__version__ = "0.1.0"
+__all__ = ["MaskCollator", "MultiBlockMasks", "Predictor", "VisionTransformer", "load_published"]
+
+_HOME = {
+    "MaskCollator": "stopfast.masking",
+    "MultiBlockMasks": "stopfast.masking",
+    "Predictor": "stopfast.predictor",
+    "VisionTransformer": "stopfast.encoder",
+    "load_published": "stopfast.checkpoint",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'stopfast' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})
