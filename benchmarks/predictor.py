@@ -1,0 +1,159 @@
+"""Time the predictor, forward and backward: `python -m benchmarks.predictor`.
+
+ViT-B shapes in fp32 on the CPU. Nothing is timed unless output and every gradient of every arm
+agree with the published arm. Goal: 1.5 times the published arm.
+
+`published` is what each program does, and they differ: StoP recomputes attention and MLP of every
+block in the backward, I-JEPA never does. Each mode has the other choice as an arm of its own, and
+the strongest opponent: no recomputation and fused library attention.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import torch
+import tyro
+from torch import Tensor, nn
+
+from benchmarks.harness import compare, print_table, relative_error, write_results
+from benchmarks.published import PublishedPredictor
+from stopfast.predictor import Predictor
+
+PATCHES, WIDTH = 196, 768  # ViT-B/16 at 224; the predictor's own sizes are its defaults
+TOLERANCE = 1e-4
+GOAL = 1.5
+OURS, THEIRS = "stopfast", "published"
+MODES: dict[str, bool | None] = {"I-JEPA": None, "StoP": True}
+
+
+@dataclass(frozen=True)
+class Args:
+    """Predictor of ViT-B: the published programs' way and the library."""
+
+    rounds: int = 7
+    warmup: int = 1
+    threads: int | None = None
+    """Threads of torch; its own default when left out."""
+    images: int = 8
+    targets: int = 4
+    context_tokens: int = 80
+    target_tokens: int = 36
+    save: bool = False
+    """Write the samples and their provenance under benchmarks/results."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    x: Tensor
+    contexts: list[Tensor]
+    targets: list[Tensor]
+    noise: list[Tensor] | None
+    cotangent: Tensor
+
+
+def draw_inputs(args: Args, apply_stop: bool | None) -> Inputs:
+    """Explicit noise for StoP, so that every arm computes the same numbers."""
+    generator = torch.Generator().manual_seed(0)
+    normal = partial(torch.randn, generator=generator)
+
+    def indices(count: int) -> Tensor:
+        scores = torch.rand(args.images, PATCHES, generator=generator)
+        return scores.argsort(dim=1)[:, :count].sort(dim=1).values
+
+    size = (args.images, args.target_tokens, WIDTH)
+    noise = [0.25 * normal(size) for _ in range(args.targets)] if apply_stop else None
+    return Inputs(
+        x=normal((args.images, args.context_tokens, WIDTH)).requires_grad_(),
+        contexts=[indices(args.context_tokens)],
+        targets=[indices(args.target_tokens) for _ in range(args.targets)],
+        noise=noise,
+        cotangent=normal((args.targets * args.images, *size[1:])),
+    )
+
+
+def build_arms(mode: str) -> dict[str, nn.Module]:
+    """One set of weights in every arm. Biases are drawn too: zeros would hide a lost one."""
+    apply_stop = MODES[mode]
+    torch.manual_seed(0)
+    shared = {"norm_layer": partial(nn.LayerNorm, eps=1e-6), "apply_stop": apply_stop}
+    published = partial(PublishedPredictor, PATCHES, WIDTH, **shared)
+    recomputes = mode == "StoP"
+    other = "not recomputing" if recomputes else "recomputing"
+    arms: dict[str, nn.Module] = {
+        THEIRS: published(checkpointing=recomputes),
+        other: published(checkpointing=not recomputes),
+        "SDPA, not recomputing": published(sdpa=True),
+        OURS: Predictor(PATCHES, WIDTH, **shared),
+    }
+    with torch.no_grad():
+        for parameter in arms[THEIRS].parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    for arm in arms.values():
+        arm.load_state_dict(arms[THEIRS].state_dict(), strict=True)
+    return arms
+
+
+def step(arm: nn.Module, inputs: Inputs) -> Tensor:
+    """Forward and backward from fresh gradients, as a training step has them."""
+    arm.zero_grad(set_to_none=True)
+    inputs.x.grad = None
+    prediction = arm(inputs.x, inputs.contexts, inputs.targets, noise=inputs.noise)
+    prediction.backward(inputs.cotangent)
+    return prediction.detach()
+
+
+def results(arm: nn.Module, inputs: Inputs) -> dict[str, Tensor | None]:
+    prediction = step(arm, inputs)
+    return {
+        "output": prediction,
+        "gradient of x": inputs.x.grad,
+        **{f"gradient of {name}": p.grad for name, p in arm.named_parameters()},
+    }
+
+
+def worst_error(arm: nn.Module, expected: dict[str, Tensor | None], inputs: Inputs) -> float:
+    """Largest relative error of an arm; exits when any is beyond the tolerance."""
+    got = results(arm, inputs)
+    errors = {name: relative_error(got[name], value) for name, value in expected.items()}
+    wrong = {name: error for name, error in errors.items() if not error <= TOLERANCE}
+    if wrong:
+        sys.exit(f"not timed: relative errors above {TOLERANCE} of the published arm: {wrong}")
+    return max(errors.values())
+
+
+def run_mode(mode: str, args: Args) -> dict[str, object]:
+    inputs = draw_inputs(args, MODES[mode])
+    arms = build_arms(mode)
+    expected = results(arms[THEIRS], inputs)
+    errors = {name: worst_error(arm, expected, inputs) for name, arm in arms.items()}
+
+    def timed(arm: nn.Module) -> Callable[[], object]:
+        return lambda: step(arm, inputs)
+
+    timings = compare({n: timed(a) for n, a in arms.items()}, args.rounds, args.warmup)
+    shape = f"{args.images} images, {args.targets} x ({args.context_tokens}+{args.target_tokens})"
+    threads = f"{torch.get_num_threads()} thread(s)"
+    print_table(f"{mode} predictor, {shape} tokens, {threads}", timings, THEIRS)
+    ratios = {name: timing.median / timings[OURS].median for name, timing in timings.items()}
+    for name, ratio in ratios.items():
+        if name != OURS:
+            goal = f" (goal: {GOAL})" if name == THEIRS else ""
+            print(f"{mode}: {OURS} is {ratio:.2f} times as fast as {name}{goal}")
+    print(f"{mode}: largest relative error of {OURS}: {errors[OURS]:.1e}")
+    figures = {name: timing.as_dict() for name, timing in timings.items()}
+    return {"timings": figures, "ratios": ratios, "relative_errors": errors}
+
+
+def main(args: Args) -> None:
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    modes = {mode: run_mode(mode, args) for mode in MODES}
+    if args.save:
+        print(write_results("predictor", {"args": asdict(args), "goal": GOAL, "modes": modes}))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

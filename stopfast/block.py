@@ -1,0 +1,181 @@
+"""The pre-norm transformer block that encoder and predictor share, and what both need around it."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from stopfast.kernels.ops import Ops
+
+NormLayer = Callable[[int], nn.Module]
+Rows = slice | Tensor
+"""Which tokens of a sequence are wanted: a slice for all images, or an int64 index [B, R]."""
+
+
+def take_rows(x: Tensor, rows: Rows) -> Tensor:
+    """Return the wanted tokens of x [B, N, C] as [B, R, C]."""
+    if isinstance(rows, slice):
+        return x[:, rows]
+    return x.gather(1, rows[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def norm_factory(norm_layer: NormLayer | Mapping[str, Any]) -> NormLayer:
+    """Accept the keywords of a LayerNorm, as a saved configuration holds them, as well as a factory."""
+    return partial(nn.LayerNorm, **norm_layer) if isinstance(norm_layer, Mapping) else norm_layer
+
+
+def norm_config(norm: nn.Module) -> dict[str, float] | None:
+    """Return the keywords that :func:`norm_factory` rebuilds ``norm`` from, None for other classes."""
+    return {"eps": norm.eps} if type(norm) is nn.LayerNorm else None
+
+
+def require_zero(**rates: float) -> None:
+    """Refuse dropout: the published programs accept these rates and every configuration has 0."""
+    for name, rate in rates.items():
+        if rate:
+            raise ValueError(f"expected {name}=0.0, the only rate that is supported, got {rate}")
+
+
+def init_weights(model: nn.Module, blocks: nn.ModuleList, std: float, rescale: bool) -> None:
+    """Initialise as the published programs end up: normal weights, zero biases, unit LayerNorms.
+
+    Their constructors also divide the output projections of block l by sqrt(2 l), and their training
+    scripts then re-draw every Linear, which undoes it. ``rescale`` keeps the division.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            # Cut at an absolute 2, a hundred deviations: as published, in effect not truncated.
+            nn.init.trunc_normal_(module.weight, std=std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+    if rescale:
+        with torch.no_grad():
+            for number, block in enumerate(blocks, start=1):
+                assert isinstance(block, Block)
+                block.attn.proj.weight /= (2.0 * number) ** 0.5
+                block.mlp.fc2.weight /= (2.0 * number) ** 0.5
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with a packed projection (rows q, k, v in that order)."""
+
+    def __init__(
+        self, dim: int, num_heads: int, qkv_bias: bool, qk_scale: float | None, ops: Ops
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"expected a width divisible by {num_heads} heads, got {dim}")
+        self.num_heads = num_heads
+        self.scale = qk_scale or (dim // num_heads) ** -0.5
+        self.ops = ops
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """All tokens attend to all tokens; x [B, N, C] to [B, N, C]."""
+        return self.attend(*self.qkv(x).chunk(3, dim=-1))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention and output projection for queries of some tokens, keys and values of all."""
+        return self.proj(self.ops.attention(q, k, v, self.num_heads, self.scale))
+
+    def forward_rows(self, x: Tensor, rows: Rows) -> Tensor:
+        """As ``forward(x)`` taken at ``rows``, without queries and projections of the other tokens."""
+        weight, bias = self.qkv.weight, self.qkv.bias
+        width = self.proj.in_features
+        q = nn.functional.linear(
+            take_rows(x, rows), weight[:width], None if bias is None else bias[:width]
+        )
+        kv = nn.functional.linear(x, weight[width:], None if bias is None else bias[width:])
+        return self.attend(q, *kv.chunk(2, dim=-1))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with the exact (erf) GELU between them."""
+
+    def __init__(self, dim: int, hidden: int, ops: Ops) -> None:
+        super().__init__()
+        self.ops = ops
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] to [..., C]."""
+        return self.fc2(self.ops.linear_gelu(x, self.fc1.weight, self.fc1.bias))
+
+
+class Block(nn.Module):
+    """``x += attn(norm1(x)); x += mlp(norm2(x))``, whole or for the tokens that somebody reads.
+
+    With ``checkpointing`` a block's activations are recomputed in backward; nothing in it is random.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        mlp_ratio: float,
+        qkv_bias: bool,
+        qk_scale: float | None,
+        norm_layer: NormLayer,
+        ops: Ops,
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.checkpointing = checkpointing
+        self.norm1 = norm_layer(dim)
+        self.attn = Attention(dim, num_heads, qkv_bias, qk_scale, ops)
+        self.norm2 = norm_layer(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), ops)
+
+    def forward(self, x: Tensor, rows: Rows | None = None) -> Tensor:
+        """x [B, N, C] to [B, N, C], or to the wanted [B, R, C] alone."""
+        return self._run(self._forward, x, rows)
+
+    def forward_shared(self, context: Tensor, queries: Tensor, queries_only: bool) -> Tensor:
+        """The block on M sequences that begin with the same context, normed and projected once.
+
+        Args:
+            context: [R, Kx, C].
+            queries: [M * R, Ky, C].
+            queries_only: whether only the queries' outputs are wanted.
+
+        Returns:
+            [M * R, Kx + Ky, C], or [M * R, Ky, C].
+        """
+        return self._run(self._forward_shared, context, queries, queries_only)
+
+    def _run(self, function: Callable[..., Tensor], *args: object) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)  # type: ignore[return-value]
+        return function(*args)
+
+    def _forward(self, x: Tensor, rows: Rows | None) -> Tensor:
+        if rows is None:
+            return self._add(x, self.attn(self.norm1(x)))
+        return self._add(take_rows(x, rows), self.attn.forward_rows(self.norm1(x), rows))
+
+    def _forward_shared(self, context: Tensor, queries: Tensor, queries_only: bool) -> Tensor:
+        blocks = queries.shape[0] // context.shape[0]
+
+        def pack(shared: Tensor, own: Tensor) -> Tensor:
+            return torch.cat([shared.repeat(blocks, 1, 1), own], dim=1)
+
+        shared, own = self.attn.qkv(self.norm1(context)), self.attn.qkv(self.norm1(queries))
+        if not queries_only:
+            attended = self.attn.attend(*pack(shared, own).chunk(3, dim=-1))
+            return self._add(pack(context, queries), attended)
+        width = context.shape[-1]
+        kv = pack(shared[..., width:], own[..., width:])
+        return self._add(queries, self.attn.attend(own[..., :width], *kv.chunk(2, dim=-1)))
+
+    def _add(self, x: Tensor, attended: Tensor) -> Tensor:
+        x = x + attended
+        return x + self.mlp(self.norm2(x))

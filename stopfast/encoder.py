@@ -1,0 +1,211 @@
+"""The vision transformer of I-JEPA and StoP: no class token, fixed positions, maskable input."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+
+from stopfast.block import (
+    Block,
+    NormLayer,
+    Rows,
+    init_weights,
+    norm_config,
+    norm_factory,
+    require_zero,
+    take_rows,
+)
+from stopfast.kernels.ops import Ops, resolve_ops
+from stopfast.pos_embed import Grid, interpolate_pos_embed, sincos_pos_embed
+
+Masks = Tensor | Sequence[Tensor]
+
+
+def as_list(masks: Masks) -> list[Tensor]:
+    """Return the masks as a list; a single index tensor is a list of one."""
+    return [masks] if isinstance(masks, Tensor) else list(masks)
+
+
+def image_grid(img_size: int | Sequence[int], patch_size: int) -> Grid:
+    """Return (rows, columns) of patches of an image size: a number, [side], or [height, width].
+
+    Raises:
+        ValueError: a side that is not a multiple of the patch.
+    """
+    sides = [img_size] if isinstance(img_size, int) else list(img_size)
+    height, width = sides * 2 if len(sides) == 1 else sides
+    if height % patch_size or width % patch_size:
+        raise ValueError(
+            f"expected image sides that are multiples of the patch size {patch_size}, "
+            f"got {height}x{width}"
+        )
+    return height // patch_size, width // patch_size
+
+
+class PatchEmbed(nn.Module):
+    """Linear embedding of p x p patches in raster order, of all of them or of the wanted ones."""
+
+    def __init__(self, grid: Grid, patch_size: int, in_chans: int, embed_dim: int) -> None:
+        super().__init__()
+        self.grid = grid
+        self.patch_size = patch_size
+        self.in_chans = in_chans
+        self.num_patches = grid[0] * grid[1]
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    def image_grid(self, images: Tensor) -> Grid:
+        """Return the grid of a batch [B, C, H, W].
+
+        Raises:
+            ValueError: not a batch of images with this embedding's channels and patches.
+        """
+        if images.ndim != 4 or images.shape[1] != self.in_chans:
+            raise ValueError(
+                f"expected images (B, {self.in_chans}, H, W), got {tuple(images.shape)}"
+            )
+        return image_grid(images.shape[2:], self.patch_size)
+
+    def forward(self, images: Tensor, index: Tensor | None = None) -> Tensor:
+        """images [B, C, H, W] to [B, N, D]; with an index [B, K], that of those patches, [B, K, D]."""
+        size = self.patch_size
+        patches = images.unflatten(3, (-1, size)).unflatten(2, (-1, size))
+        patches = patches.permute(0, 2, 4, 1, 3, 5)  # B, rows, columns, C, p, p: a view
+        if index is None:
+            patches = patches.flatten(3).flatten(1, 2)
+        else:
+            image = torch.arange(len(images), device=index.device)[:, None]
+            columns = patches.shape[2]
+            patches = patches[image, index // columns, index % columns].flatten(2)
+        return nn.functional.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class VisionTransformer(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="stopfast",
+    license="apache-2.0",
+    tags=["self-supervised-learning", "i-jepa", "stop"],
+):
+    """Encoder with the arguments, call and state_dict of the published I-JEPA and StoP encoders.
+
+    ``predictor_embed_dim`` and ``predictor_depth`` are accepted and unused, as published. Beyond the
+    published arguments: ``img_size`` may be ``[height, width]``; ``init_rescale`` keeps the division
+    of the residual projections by sqrt(2 l) that the published training scripts undo;
+    ``checkpointing`` recomputes each block in backward; ``skip_unused=False`` computes what nothing
+    reads (gradients are the same); ``ops`` chooses the implementation of the operations.
+
+    Raises:
+        ValueError: a dropout rate other than 0, or sizes that do not divide.
+    """
+
+    pos_embed: nn.Parameter
+
+    def __init__(
+        self,
+        img_size: int | Sequence[int] = (224,),
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        predictor_embed_dim: int = 384,
+        depth: int = 12,
+        predictor_depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        norm_layer: NormLayer | Mapping[str, Any] = nn.LayerNorm,
+        init_std: float = 0.02,
+        *,
+        init_rescale: bool = False,
+        checkpointing: bool = False,
+        skip_unused: bool = True,
+        ops: Ops | str = "auto",
+    ) -> None:
+        super().__init__()
+        require_zero(
+            drop_rate=drop_rate, attn_drop_rate=attn_drop_rate, drop_path_rate=drop_path_rate
+        )
+        norm = norm_factory(norm_layer)
+        self.embed_dim = self.num_features = embed_dim
+        self.num_heads = num_heads
+        self.skip_unused = skip_unused
+        grid = image_grid(img_size, patch_size)
+        self.patch_embed = PatchEmbed(grid, patch_size, in_chans, embed_dim)
+        self.pos_embed = nn.Parameter(sincos_pos_embed(embed_dim, grid)[None], requires_grad=False)
+        self.blocks = nn.ModuleList(
+            Block(
+                embed_dim,
+                num_heads,
+                mlp_ratio=mlp_ratio,
+                qkv_bias=qkv_bias,
+                qk_scale=qk_scale,
+                norm_layer=norm,
+                ops=resolve_ops(ops),
+                checkpointing=checkpointing,
+            )
+            for _ in range(depth)
+        )
+        self.norm = norm(embed_dim)
+        init_weights(self, self.blocks, init_std, init_rescale)
+        if self._hub_mixin_config is not None:
+            self._hub_mixin_config["norm_layer"] = norm_config(self.norm)
+
+    @classmethod
+    def _from_pretrained(cls, *, strict: bool = True, **kwargs: Any) -> Self:  # noqa: ANN401
+        # The hub's default is a lenient load, which leaves missing weights random without a word.
+        return super()._from_pretrained(strict=strict, **kwargs)  # type: ignore[misc]
+
+    def forward(
+        self,
+        images: Tensor,
+        masks: Masks | None = None,
+        K: int = 1,  # noqa: N803 - the published name
+        *,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """Encode images, or the patches of each mask.
+
+        Args:
+            images: [B, C, H, W]; another size than the model's takes interpolated positions.
+            masks: E index tensors int64 [B, Kx] (or one), or None for all N patches.
+            K: average the normed outputs of the last K blocks (the published StoP's argument).
+            rows: int64 [B or E * B, R]; only these tokens of the result are wanted, and the last
+                block computes no others.
+
+        Returns:
+            [B, N, D], or [E * B, Kx, D] in the order (mask, image); R tokens with ``rows``.
+
+        Raises:
+            ValueError: images of another shape, or a K outside 1..depth.
+        """
+        if not 1 <= K <= max(1, len(self.blocks)):
+            raise ValueError(f"expected K in 1..{len(self.blocks)}, got {K}")
+        x = self._embed(images, None if masks is None else as_list(masks))
+        outputs = []
+        for number, block in enumerate(self.blocks, start=1):
+            last: Rows | None = None
+            if number == len(self.blocks) and self.skip_unused:
+                last = rows
+            x = block(x, last)
+            if number > len(self.blocks) - K:
+                done = rows is None or last is not None
+                outputs.append(self.norm(x if done else take_rows(x, rows)))  # type: ignore[arg-type]
+        return outputs[0] if K == 1 else torch.stack(outputs).mean(0)
+
+    def _embed(self, images: Tensor, masks: list[Tensor] | None) -> Tensor:
+        grid = self.patch_embed.image_grid(images)
+        pos_embed = interpolate_pos_embed(self.pos_embed, self.patch_embed.grid, grid)
+        if masks is None:
+            return self.patch_embed(images) + pos_embed
+        index = torch.cat(masks)
+        if self.skip_unused:
+            x = [self.patch_embed(images, mask) for mask in masks]
+        else:
+            patches = self.patch_embed(images)
+            x = [take_rows(patches, mask) for mask in masks]
+        return torch.cat(x) + pos_embed[0][index]

@@ -1,0 +1,305 @@
+"""The multi-block mask sampler of I-JEPA and StoP, for a whole batch at once."""
+
+import math
+import multiprocessing
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from stopfast.pos_embed import Grid
+
+Range = tuple[float, float]
+Truncate = Literal["first", "random"]
+Scope = Literal["local", "global"]
+
+_FAILURES_PER_TRY = 20  # published: failures before one more constraint is dropped
+_TARGETS, _CONTEXTS, _KEEP = 0, 1, 2  # streams of random numbers
+
+
+class Masks(NamedTuple):
+    """Index tensors of one batch: int64, ascending raster order within each row."""
+
+    context: list[Tensor]
+    """E tensors [B, Kx]."""
+    target: list[Tensor]
+    """M tensors [B, Ky]."""
+
+
+class Sizes(NamedTuple):
+    """(height, width) of the blocks of one iteration."""
+
+    target: Grid
+    context: Grid
+
+
+def block_size(draw: float, scale: Range, aspect_ratio: Range, grid: Grid) -> Grid:
+    """Return (height, width) of a block; one draw decides area and aspect ratio, as published.
+
+    Small blocks are therefore wide and large ones tall, and a block never spans a side of the grid.
+    """
+    area = int(grid[0] * grid[1] * (scale[0] + draw * (scale[1] - scale[0])))
+    aspect = aspect_ratio[0] + draw * (aspect_ratio[1] - aspect_ratio[0])
+    height = min(round(math.sqrt(area * aspect)), grid[0] - 1)
+    width = min(round(math.sqrt(area / aspect)), grid[1] - 1)
+    return height, width
+
+
+class MultiBlockMasks:
+    """Sample M target blocks and E context blocks for each image of a batch, without a loop over images.
+
+    Block sizes are a function of the iteration alone and equal those of the published programs. Block
+    places are a function of (seed, iteration, position in the batch). A context block loses what the
+    image's target blocks cover, is drawn again until more than ``min_keep`` patches survive, and every
+    20 failures one more of the last targets stops to constrain it. All context masks are cut to the
+    shortest of the batch.
+
+    Args:
+        grid: (rows, columns) of patches.
+        enc_mask_scale: area of a context block as a share of the grid; its aspect ratio is 1.
+        pred_mask_scale: area of a target block as a share of the grid.
+        aspect_ratio: height over width of a target block.
+        nenc: context masks E.
+        npred: target masks M.
+        min_keep: a context must keep more patches than this.
+        allow_overlap: let contexts keep the patches of targets (I-JEPA's option).
+        edge_inclusive: let blocks reach the last row and column; the published sampler never does.
+        truncate: keep the ``"first"`` patches in raster order (published; it favours the top of the
+            image) or a ``"random"`` choice.
+        truncate_over: the shortest mask of the ``"local"`` part (published) or of the whole
+            ``"global"`` batch, which makes accumulated micro-batches equal the big batch.
+        seed: seed of the places.
+
+    Raises:
+        ValueError: ranges or counts that no block on this grid can satisfy.
+    """
+
+    def __init__(
+        self,
+        grid: Grid = (14, 14),
+        enc_mask_scale: Range = (0.85, 1.0),
+        pred_mask_scale: Range = (0.15, 0.2),
+        aspect_ratio: Range = (0.75, 1.5),
+        nenc: int = 1,
+        npred: int = 4,
+        min_keep: int = 10,
+        allow_overlap: bool = False,
+        *,
+        edge_inclusive: bool = False,
+        truncate: Truncate = "first",
+        truncate_over: Scope = "local",
+        seed: int = 0,
+    ) -> None:
+        for name, (low, high) in (
+            ("enc_mask_scale", enc_mask_scale),
+            ("pred_mask_scale", pred_mask_scale),
+        ):
+            if not 0 < low <= high <= 1:
+                raise ValueError(f"expected {name} with 0 < low <= high <= 1, got {(low, high)}")
+        if not 0 < aspect_ratio[0] <= aspect_ratio[1]:
+            raise ValueError(f"expected aspect_ratio with 0 < low <= high, got {aspect_ratio}")
+        if nenc < 1 or npred < 1 or min_keep < 0:
+            raise ValueError(
+                f"expected nenc >= 1, npred >= 1 and min_keep >= 0, got {nenc}, {npred}, {min_keep}"
+            )
+        if truncate not in ("first", "random") or truncate_over not in ("local", "global"):
+            raise ValueError(
+                "expected truncate 'first' or 'random' and truncate_over 'local' or 'global', "
+                f"got {truncate!r} and {truncate_over!r}"
+            )
+        self.grid = grid
+        self.enc_mask_scale = enc_mask_scale
+        self.pred_mask_scale = pred_mask_scale
+        self.aspect_ratio = aspect_ratio
+        self.nenc, self.npred, self.min_keep = nenc, npred, min_keep
+        self.allow_overlap = allow_overlap
+        self.edge_inclusive = edge_inclusive
+        self.truncate, self.truncate_over = truncate, truncate_over
+        self.seed = seed
+        self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        # The extremes of the draw bound every size: height and width each grow or shrink with it.
+        for draw in (0.0, 1.0 - 2**-24):
+            context = block_size(draw, self.enc_mask_scale, (1.0, 1.0), self.grid)
+            if context[0] * context[1] <= self.min_keep:
+                raise ValueError(
+                    f"expected context blocks of more than min_keep={self.min_keep} patches, got "
+                    f"{context[0]}x{context[1]} on a grid of {self.grid[0]}x{self.grid[1]}"
+                )
+            target = block_size(draw, self.pred_mask_scale, self.aspect_ratio, self.grid)
+            if min(target) < 1:
+                raise ValueError(
+                    f"expected target blocks of at least one patch, got {target[0]}x{target[1]} on a "
+                    f"grid of {self.grid[0]}x{self.grid[1]}"
+                )
+
+    def sizes(self, iteration: int) -> Sizes:
+        """Return the block sizes of an iteration (0, 1, ...), the same for every image and rank."""
+        generator = torch.Generator().manual_seed(iteration)
+        target, context = torch.rand(1, generator=generator), torch.rand(1, generator=generator)
+        return Sizes(
+            block_size(target.item(), self.pred_mask_scale, self.aspect_ratio, self.grid),
+            block_size(context.item(), self.enc_mask_scale, (1.0, 1.0), self.grid),
+        )
+
+    def places(
+        self, batch_size: int, iteration: int, block: Grid, blocks: int, stream: int, attempt: int = 0
+    ) -> Tensor:
+        """Return the top left corners of a batch's blocks, int64 [batch_size, blocks, 2]."""
+        counter = [0, stream << 32 | attempt, iteration, 0]
+        generator = np.random.Generator(np.random.Philox(key=self.seed, counter=counter))
+        # Exclusive bounds, as published: the last place that would fit is never drawn.
+        span = [side - size + self.edge_inclusive for side, size in zip(self.grid, block, strict=True)]
+        return torch.from_numpy(generator.integers(0, span, (batch_size, blocks, 2)))
+
+    def __call__(
+        self,
+        batch_size: int,
+        iteration: int,
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Masks:
+        """Return the masks of images ``start:stop`` of a batch of ``batch_size``.
+
+        The places are drawn on the host, so they are the same on every device; all else runs on
+        ``device``. With ``truncate_over="global"`` the length is that of the whole batch, whichever
+        part is asked for. Reading the length waits for the device once.
+
+        Raises:
+            ValueError: an empty or outlying part of the batch.
+        """
+        stop = batch_size if stop is None else stop
+        if not 0 <= start < stop <= batch_size:
+            raise ValueError(f"expected 0 <= start < stop <= {batch_size}, got {start} and {stop}")
+        part = slice(start, stop)
+        sizes = self.sizes(iteration)
+        corners = self.places(batch_size, iteration, sizes.target, self.npred, _TARGETS)
+        corners = corners.to(device, non_blocking=True)
+        seen = part if self.truncate_over == "local" else slice(None)
+        member, rank, kept = self._contexts(corners[seen], sizes, batch_size, iteration, seen)
+        if self.truncate_over == "global":
+            member, rank = member[part], rank[part]
+        index = self._truncate(member, rank, kept, batch_size, iteration, part)
+        return Masks(list(index.unbind(1)), list(self._raster(corners[part], sizes.target).unbind(1)))
+
+    def _raster(self, corners: Tensor, block: Grid) -> Tensor:
+        """Positions of blocks with these corners: [..., 2] to [..., height * width]."""
+        columns = self.grid[1]
+        rows = torch.arange(block[0], device=corners.device) * columns
+        inside = (rows[:, None] + torch.arange(block[1], device=corners.device)).flatten()
+        return (corners[..., :1] * columns + corners[..., 1:]) + inside
+
+    def _cover(self, corners: Tensor, block: Grid) -> Tensor:
+        """Which positions each block covers: [..., 2] to bool [..., rows, columns]."""
+        inside = []
+        for axis, (side, size) in enumerate(zip(self.grid, block, strict=True)):
+            offset = torch.arange(side, device=corners.device) - corners[..., axis, None]
+            inside.append((offset >= 0) & (offset < size))
+        return inside[0][..., :, None] & inside[1][..., None, :]
+
+    def _contexts(
+        self, targets: Tensor, sizes: Sizes, batch_size: int, iteration: int, seen: slice
+    ) -> tuple[Tensor, Tensor, int]:
+        """Draw contexts until each is valid.
+
+        Returns the patches that belong to each, bool [B, E, N], their running count int16 [B, E, N],
+        and the length of the shortest.
+        """
+        covered = self._cover(targets, sizes.target)
+        if self.allow_overlap:
+            covered = torch.zeros_like(covered)
+        free = ~covered.any(1, keepdim=True)
+        member: Tensor | None = None
+        for attempt in range(_FAILURES_PER_TRY * self.npred + 1):
+            dropped, failures = divmod(attempt, _FAILURES_PER_TRY)
+            if dropped and not failures:
+                warnings.warn(
+                    f"no context of more than {self.min_keep} patches is free of all targets: some "
+                    "contexts overlap targets; fewer or smaller targets avoid this",
+                    stacklevel=3,
+                )
+                free = ~covered[:, : self.npred - dropped].any(1, keepdim=True)
+            corners = self.places(
+                batch_size, iteration, sizes.context, self.nenc, _CONTEXTS, attempt
+            )[seen].to(targets.device)
+            drawn = (self._cover(corners, sizes.context) & free).flatten(2)
+            if member is None:
+                member = drawn
+            else:
+                member = torch.where(member.sum(-1, keepdim=True) <= self.min_keep, drawn, member)
+            rank = member.cumsum(-1, dtype=torch.int16)
+            kept = int(rank[..., -1].min())
+            if kept > self.min_keep:
+                return member, rank, kept
+        raise AssertionError("an unconstrained context is larger than min_keep")
+
+    def _truncate(
+        self, member: Tensor, rank: Tensor, kept: int, batch_size: int, iteration: int, part: slice
+    ) -> Tensor:
+        """Positions of ``kept`` patches of each context, ascending: [B, E, N] to [B, E, kept]."""
+        if self.truncate == "first":
+            first = member & (rank <= kept)
+            return first.nonzero()[:, -1].view(*member.shape[:2], kept)
+        generator = np.random.Generator(
+            np.random.Philox(key=self.seed, counter=[0, _KEEP << 32, iteration, 0])
+        )
+        keys = generator.random((batch_size, *member.shape[1:]), dtype=np.float32)[part]
+        ranked = torch.from_numpy(keys).to(member.device).masked_fill_(~member, -1.0)
+        return ranked.topk(kept, dim=-1).indices.sort(-1).values
+
+
+class MaskCollator:
+    """The published collator's constructor and call, over :class:`MultiBlockMasks`.
+
+    Called on a list of samples it returns (default-collated batch, E context masks, M target masks).
+    Workers share the iteration counter, whose value decides the block sizes; places are seeded from
+    torch's global generator, which the loader seeds differently in each worker.
+
+    Raises:
+        ValueError: as :class:`MultiBlockMasks`.
+    """
+
+    def __init__(
+        self,
+        input_size: int | tuple[int, int] = (224, 224),
+        patch_size: int = 16,
+        enc_mask_scale: Range = (0.2, 0.8),
+        pred_mask_scale: Range = (0.2, 0.8),
+        aspect_ratio: Range = (0.3, 3.0),
+        nenc: int = 1,
+        npred: int = 2,
+        min_keep: int = 4,
+        allow_overlap: bool = False,
+    ) -> None:
+        height, width = (input_size,) * 2 if isinstance(input_size, int) else input_size
+        self.masks = MultiBlockMasks(
+            grid=(height // patch_size, width // patch_size),
+            enc_mask_scale=tuple(enc_mask_scale),
+            pred_mask_scale=tuple(pred_mask_scale),
+            aspect_ratio=tuple(aspect_ratio),
+            nenc=nenc,
+            npred=npred,
+            min_keep=min_keep,
+            allow_overlap=allow_overlap,
+        )
+        self._iteration = multiprocessing.Value("i", -1)
+
+    def step(self) -> int:
+        """Advance the shared counter and return its new value."""
+        with self._iteration.get_lock():
+            self._iteration.value += 1
+            return self._iteration.value
+
+    def __call__(self, samples: Sequence[Any]) -> tuple[Any, list[Tensor], list[Tensor]]:
+        """Collate samples and draw their masks."""
+        iteration = self.step()
+        self.masks.seed = int(torch.randint(torch.iinfo(torch.int64).max, ()))
+        masks = self.masks(len(samples), iteration)
+        return default_collate(list(samples)), masks.context, masks.target

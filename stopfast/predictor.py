@@ -1,0 +1,335 @@
+"""The predictor of I-JEPA and StoP: from context features to the features at queried positions."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Self, get_args
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+
+from stopfast.block import (
+    Block,
+    NormLayer,
+    init_weights,
+    norm_config,
+    norm_factory,
+    require_zero,
+)
+from stopfast.encoder import Masks, as_list
+from stopfast.kernels.ops import Ops, resolve_ops
+from stopfast.pos_embed import Grid, interpolate_pos_embed, sincos_pos_embed, square_grid
+
+Variant = Literal["ijepa", "stop", "stop_off", "stop_paper"]
+ApplyTo = Literal["masked", "context", "both"]
+Covariance = Literal["learned", "fixed"]
+NoiseDim = Literal["encoder", "predictor"]
+
+_VARIANT_OF: dict[bool | None, Variant] = {None: "ijepa", True: "stop", False: "stop_off"}
+
+
+def _choose(name: str, value: str, choices: object) -> None:
+    if value not in get_args(choices):
+        raise ValueError(f"expected {name} in {get_args(choices)}, got {value!r}")
+
+
+class Predictor(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="stopfast",
+    license="apache-2.0",
+    tags=["self-supervised-learning", "i-jepa", "stop"],
+):
+    """Predictor with the arguments, call and state_dict of the published programs.
+
+    ``apply_stop=None`` is I-JEPA (query = mask token + position), True is StoP (position + noise through
+    the shared ``predictor_embed``, bias included), False is the published StoP program with StoP off
+    (position alone). The same state_dict fits all three; ``mask_token`` is trainable only where used.
+
+    Beyond the published arguments:
+
+    * ``variant="stop_paper"``: the paper's own form (Eq. 1-6): explicit mask token, no bias, and
+      ``noise_var`` as the variance. The published program uses ``noise_var`` as the standard deviation.
+    * ``apply_to``: which tokens are noisy. Noise on context tokens is one draw for all target blocks.
+    * ``cov``: ``"learned"`` projects the noise, ``"fixed"`` adds it to the position as it is.
+    * ``noise_dim``: width the noise is drawn in, of the encoder or of the predictor. The tied learned
+      covariance needs the encoder's and is the default; the fixed one needs the predictor's.
+    * ``tie=False``: the noise gets a projection of its own, ``noise_embed``, beside ``predictor_embed``.
+    * ``grid_size``: (rows, columns) where the image is not square.
+    * ``init_rescale``, ``checkpointing``, ``skip_unused``, ``ops``: as in the encoder.
+
+    Raises:
+        ValueError: a dropout rate other than 0, sizes that do not divide, or switches that exclude
+            each other.
+    """
+
+    predictor_pos_embed: nn.Parameter
+    mask_token: nn.Parameter
+
+    def __init__(
+        self,
+        num_patches: int,
+        embed_dim: int = 768,
+        predictor_embed_dim: int = 384,
+        depth: int = 6,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        norm_layer: NormLayer | Mapping[str, Any] = nn.LayerNorm,
+        init_std: float = 0.02,
+        apply_stop: bool | None = None,
+        noise_var: float = 0.25,
+        learned_pos_emb: bool = False,
+        *,
+        variant: Variant | None = None,
+        apply_to: ApplyTo = "masked",
+        cov: Covariance = "learned",
+        noise_dim: NoiseDim | None = None,
+        tie: bool = True,
+        grid_size: Grid | None = None,
+        include_mask_token: bool | None = None,  # accepted and unused, as published
+        init_rescale: bool = False,
+        checkpointing: bool = False,
+        skip_unused: bool = True,
+        ops: Ops | str = "auto",
+    ) -> None:
+        super().__init__()
+        require_zero(
+            drop_rate=drop_rate, attn_drop_rate=attn_drop_rate, drop_path_rate=drop_path_rate
+        )
+        self.variant = _resolve_variant(variant, apply_stop)
+        stochastic = self.variant in ("stop", "stop_paper")
+        noise_dim = _resolve_noise_dim(noise_dim, cov, tie)
+        _choose("apply_to", apply_to, ApplyTo)
+        if noise_var < 0:
+            raise ValueError(f"expected noise_var >= 0, got {noise_var}")
+        self.noise_std = noise_var**0.5 if self.variant == "stop_paper" else noise_var
+        self.noise_channels = embed_dim if noise_dim == "encoder" else predictor_embed_dim
+        self.noisy_queries = stochastic and apply_to != "context"
+        self.noisy_context = stochastic and apply_to != "masked"
+        self.cov = cov
+
+        norm = norm_factory(norm_layer)
+        self.embed_dim = embed_dim
+        self.grid_size = square_grid(num_patches) if grid_size is None else tuple(grid_size)
+        if self.grid_size[0] * self.grid_size[1] != num_patches:
+            raise ValueError(f"expected a grid of {num_patches} patches, got {self.grid_size}")
+        self.skip_unused = skip_unused
+        self.ops = resolve_ops(ops)
+
+        self.predictor_embed = nn.Linear(
+            embed_dim, predictor_embed_dim, bias=self.variant != "stop_paper"
+        )
+        # A parameter that nothing reads must not be trainable: DDP would wait for its gradient.
+        self.mask_token = nn.Parameter(
+            nn.init.trunc_normal_(torch.empty(1, 1, predictor_embed_dim), std=init_std),
+            requires_grad=self.variant in ("ijepa", "stop_paper"),
+        )
+        positions = sincos_pos_embed(predictor_embed_dim, self.grid_size)[None]
+        if learned_pos_emb:
+            positions = torch.randn_like(positions) * 0.02
+        self.predictor_pos_embed = nn.Parameter(positions, requires_grad=learned_pos_emb)
+        self.noise_embed = None
+        if stochastic and cov == "learned" and not tie:
+            self.noise_embed = nn.Linear(self.noise_channels, predictor_embed_dim, bias=False)
+        self.predictor_blocks = nn.ModuleList(
+            Block(
+                predictor_embed_dim,
+                num_heads,
+                mlp_ratio=mlp_ratio,
+                qkv_bias=qkv_bias,
+                qk_scale=qk_scale,
+                norm_layer=norm,
+                ops=self.ops,
+                checkpointing=checkpointing,
+            )
+            for _ in range(depth)
+        )
+        self.predictor_norm = norm(predictor_embed_dim)
+        self.predictor_proj = nn.Linear(predictor_embed_dim, embed_dim)
+        init_weights(self, self.predictor_blocks, init_std, init_rescale)
+        if self._hub_mixin_config is not None:
+            self._hub_mixin_config["norm_layer"] = norm_config(self.predictor_norm)
+
+    @classmethod
+    def _from_pretrained(cls, *, strict: bool = True, **kwargs: Any) -> Self:  # noqa: ANN401
+        # The hub's default is a lenient load, which leaves missing weights random without a word.
+        return super()._from_pretrained(strict=strict, **kwargs)  # type: ignore[misc]
+
+    def forward(
+        self,
+        x: Tensor,
+        masks_x: Masks,
+        masks: Masks,
+        *,
+        noise: Sequence[Tensor] | None = None,
+        noise_context: Tensor | None = None,
+        seed: Tensor | int | None = None,
+        sample_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Predict the features at each target mask from each context.
+
+        Args:
+            x: [E * B, Kx, D] context features in the order (context mask, image).
+            masks_x: E context index tensors int64 [B, Kx], or one.
+            masks: M target index tensors int64 [B, Ky], or one.
+            noise: explicit draws for the queries, one [E * B, Ky, noise channels] for each target mask,
+                already scaled by the standard deviation.
+            noise_context: explicit draws for the context, [E * B, Kx, noise channels], scaled.
+            seed: int64 [2] (seed, step) or a seed alone (step 0); None draws one from torch's
+                generator of x's device. Noise follows :func:`stopfast.kernels.reference.positional_noise`.
+            sample_ids: int64 [B], each image's position in the step's global batch; default 0..B-1.
+
+        Returns:
+            [M * E * B, Ky, D] in the order (target mask, context mask, image).
+
+        Raises:
+            ValueError: shapes that do not fit each other, or draws for tokens that take no noise.
+        """
+        masks_x, masks = as_list(masks_x), as_list(masks)
+        self._check(x, masks_x, masks)
+        index = torch.stack(masks)
+        query_noise = self._explicit("noise", noise, self.noisy_queries, (len(masks), *x.shape[:1], index.shape[2]))
+        context_noise = self._explicit("noise_context", noise_context, self.noisy_context, x.shape[:2])
+        if (self.noisy_queries and query_noise is None) or (
+            self.noisy_context and context_noise is None
+        ):
+            seed = self._seed(seed, x.device)
+            ids = torch.arange(index.shape[1], device=x.device) if sample_ids is None else sample_ids
+            if self.noisy_queries and query_noise is None:
+                query_noise = self._draw(seed, ids, index.shape[0], len(masks_x), index.shape[2])
+            if self.noisy_context and context_noise is None:
+                context_noise = self._draw(seed, ids, 1, len(masks_x), x.shape[1], context=True)[0]
+        context, queries = self._tokens(x, torch.cat(masks_x), index, query_noise, context_noise)
+        return self.predictor_proj(self.predictor_norm(self._predict(context, queries)))
+
+    def resize_positions(self, grid: Grid) -> None:
+        """Move the position table to another grid in place, by interpolation."""
+        table = interpolate_pos_embed(self.predictor_pos_embed.data, self.grid_size, grid)
+        self.predictor_pos_embed = nn.Parameter(
+            table, requires_grad=self.predictor_pos_embed.requires_grad
+        )
+        self.grid_size = grid
+
+    def _check(self, x: Tensor, masks_x: list[Tensor], masks: list[Tensor]) -> None:
+        shapes_x, shapes = [tuple(m.shape) for m in masks_x], [tuple(m.shape) for m in masks]
+        for name, got in (("masks_x", shapes_x), ("masks", shapes)):
+            if not got or len(set(got)) != 1 or len(got[0]) != 2:
+                raise ValueError(f"expected {name} of one shape (B, K), got {got}")
+        batch, kept = shapes_x[0]
+        expected = (len(masks_x) * batch, kept, self.embed_dim)
+        if tuple(x.shape) != expected or shapes[0][0] != batch:
+            raise ValueError(
+                f"expected x {expected} and target masks of {batch} images for context masks "
+                f"{shapes_x}, got x {tuple(x.shape)} and masks {shapes}"
+            )
+
+    def _explicit(
+        self,
+        name: str,
+        draws: Sequence[Tensor] | Tensor | None,
+        noisy: bool,
+        shape: Sequence[int],
+    ) -> Tensor | None:
+        if draws is None:
+            return None
+        if not noisy:
+            raise ValueError(f"expected no {name}: variant {self.variant!r} has no noise there")
+        expected = (*shape, self.noise_channels)
+        got = draws if isinstance(draws, Tensor) else torch.stack(list(draws))
+        if tuple(got.shape) != expected:
+            raise ValueError(f"expected {name} {expected}, got {tuple(got.shape)}")
+        return got
+
+    @staticmethod
+    def _seed(seed: Tensor | int | None, device: torch.device) -> Tensor:
+        if seed is None:
+            high = torch.iinfo(torch.int64).max
+            drawn = torch.randint(0, high, (1,), device=device)
+            return torch.cat([drawn, torch.zeros_like(drawn)])
+        if isinstance(seed, int):
+            return torch.tensor([seed, 0], dtype=torch.int64, device=device)
+        return seed.to(device)
+
+    def _draw(
+        self,
+        seed: Tensor,
+        ids: Tensor,
+        blocks: int,
+        copies: int,
+        tokens: int,
+        context: bool = False,
+    ) -> Tensor:
+        normals = self.ops.positional_noise(
+            seed, ids, blocks, copies, tokens, self.noise_channels, context
+        )
+        return normals * self.noise_std
+
+    def _tokens(
+        self,
+        x: Tensor,
+        index_x: Tensor,
+        index: Tensor,
+        query_noise: Tensor | None,
+        context_noise: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        weight, bias = self.predictor_embed.weight, self.predictor_embed.bias
+        positions = self.predictor_pos_embed[0]
+        noise_weight = None
+        if self.cov == "learned":
+            noise_weight = weight if self.noise_embed is None else self.noise_embed.weight
+        # What stands in for the missing content of a query: in published StoP the projection's bias.
+        offset = {"stop": bias, "stop_off": None}.get(self.variant, self.mask_token.view(-1))
+        context = self.ops.context_tokens(x, index_x, weight, bias, positions)
+        if context_noise is not None:
+            context = context + (
+                context_noise
+                if noise_weight is None
+                else nn.functional.linear(context_noise, noise_weight)
+            )
+        copies = x.shape[0] // index.shape[1]
+        queries = self.ops.query_tokens(index, copies, positions, offset, query_noise, noise_weight)
+        return context, queries
+
+    def _predict(self, context: Tensor, queries: Tensor) -> Tensor:
+        """Run the blocks on [context, queries] of every target mask; return the queries' rows."""
+        depth, kept = len(self.predictor_blocks), context.shape[1]
+        wanted = slice(kept, None)
+        if depth == 0:
+            return queries
+        first, *others = self.predictor_blocks
+        assert isinstance(first, Block)
+        if not self.skip_unused:
+            repeated = context.repeat(queries.shape[0] // context.shape[0], 1, 1)
+            x = first(torch.cat([repeated, queries], dim=1))
+            for block in others:
+                x = block(x)
+            return x[:, wanted]
+        x = first.forward_shared(context, queries, queries_only=depth == 1)
+        for number, block in enumerate(others, start=2):
+            x = block(x, wanted if number == depth else None)
+        return x
+
+
+def _resolve_variant(variant: Variant | None, apply_stop: bool | None) -> Variant:
+    if variant is None:
+        return _VARIANT_OF[apply_stop]
+    _choose("variant", variant, Variant)
+    implied = {"stop_paper": True}.get(variant, {v: k for k, v in _VARIANT_OF.items()}.get(variant))
+    if apply_stop is not None and apply_stop != implied:
+        raise ValueError(f"expected apply_stop={implied} with variant {variant!r}, got {apply_stop}")
+    return variant
+
+
+def _resolve_noise_dim(noise_dim: NoiseDim | None, cov: Covariance, tie: bool) -> NoiseDim:
+    _choose("cov", cov, Covariance)
+    needed = {"fixed": "predictor"}.get(cov, "encoder" if tie else None)
+    if noise_dim is None:
+        return needed or "encoder"  # type: ignore[return-value]
+    _choose("noise_dim", noise_dim, NoiseDim)
+    if needed not in (None, noise_dim):
+        raise ValueError(f"expected noise_dim={needed!r} with cov={cov!r} and tie={tie}, got {noise_dim!r}")
+    return noise_dim
