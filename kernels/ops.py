@@ -12,6 +12,7 @@ class Ops(NamedTuple):
     """One implementation of each operation; :mod:`stopfast.kernels.reference` defines what it computes."""
 
     name: str
+    uniform: Callable[..., Tensor]
     positional_noise: Callable[..., Tensor]
     context_tokens: Callable[..., Tensor]
     query_tokens: Callable[..., Tensor]
@@ -22,6 +23,7 @@ class Ops(NamedTuple):
 
 EAGER = Ops(
     name="eager",
+    uniform=reference.uniform,
     positional_noise=reference.positional_noise,
     context_tokens=reference.context_tokens,
     query_tokens=reference.query_tokens,

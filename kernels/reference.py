@@ -119,6 +119,29 @@ def positional_noise(
     return noise[..., :channels]
 
 
+def uniform(seed: Tensor, sample_ids: Tensor, count: int, stream: int = 0) -> Tensor:
+    """Uniform numbers of each sample, as a pure function of (seed, epoch or step, sample, stream).
+
+    Philox4x32-10 with key = seed, its high word xor ``(stream + 1) << 16`` so that no stream shares
+    words with :func:`positional_noise`, and counter = (number // 4, 0, sample, epoch or step).
+
+    Args:
+        seed: int64 [2], the run's seed and the epoch or step.
+        sample_ids: int64 [B].
+        count: how many numbers for each sample.
+        stream: which independent set of numbers.
+
+    Returns:
+        fp64 [B, count] in [0, 1), each a multiple of 2**-32.
+    """
+    quads = torch.arange(-(-count // 4), dtype=torch.int64, device=seed.device)
+    zero = torch.zeros_like(quads)
+    sample = (sample_ids.to(seed.device) & _MASK)[:, None]
+    key = (seed[0] & _MASK, ((seed[0] >> 32) & _MASK) ^ ((stream + 1) << 16))
+    words = philox_4x32((quads, zero, sample, seed[1] & _MASK), key)
+    return (torch.stack(words, dim=-1).flatten(1)[:, :count]).double() * 2.0**-32
+
+
 def context_tokens(
     x: Tensor, index: Tensor, weight: Tensor, bias: Tensor | None, pos_embed: Tensor
 ) -> Tensor:

@@ -1,4 +1,4 @@
-"""The report on the installation, against fake libraries that lie on the path instead of real ones."""
+"""The report on the installation, with fake libraries on the path in place of the real ones."""
 
 import importlib
 import json

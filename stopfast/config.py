@@ -1,0 +1,235 @@
+"""The settings of a run: frozen dataclasses, and presets as functions that return them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+Range = tuple[float, float]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Transforms:
+    """How a photograph becomes a training image."""
+
+    size: tuple[int, int] = (224, 224)
+    """Height and width of a training image, in pixels."""
+    crop_scale: Range = (0.3, 1.0)
+    """Area of the random crop, as a share of the photograph."""
+    crop_ratio: Range = (3 / 4, 4 / 3)
+    """Width over height of the random crop."""
+    flip: float = 0.0
+    """Probability of a horizontal flip."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Mean of each channel, of values in 0..1, that is subtracted."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Standard deviation of each channel that is divided by."""
+    center: float = 1.0
+    """For evaluation: side of the centred square, as a share of the shorter side."""
+
+    def __post_init__(self) -> None:
+        low, high = self.crop_scale
+        _require(0 < low <= high <= 1, f"expected crop_scale 0 < low <= high <= 1, got {self.crop_scale}")
+        _require(0 < self.crop_ratio[0] <= self.crop_ratio[1], f"expected crop_ratio 0 < low <= high, got {self.crop_ratio}")
+        _require(0 <= self.flip <= 1, f"expected flip in 0..1, got {self.flip}")
+        _require(0 < self.center <= 1, f"expected center in (0, 1], got {self.center}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Where the images come from."""
+
+    root: Path | None = None
+    """Folder of class folders of JPEG files, or a folder with ``train/`` and ``test/`` of that kind."""
+    batch_size: int = 64
+    """Images of one optimiser step."""
+    threads: int = 2
+    """Threads that decode."""
+    transforms: Transforms = field(default_factory=Transforms)
+
+    def __post_init__(self) -> None:
+        _require(self.batch_size > 0, f"expected batch_size > 0, got {self.batch_size}")
+        _require(self.threads > 0, f"expected threads > 0, got {self.threads}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Encoder and predictor."""
+
+    patch_size: int = 16
+    embed_dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    """Heads of the encoder, and of the predictor as published."""
+    mlp_ratio: float = 4.0
+    predictor_embed_dim: int = 384
+    predictor_depth: int = 6
+    target_blocks: int = 1
+    """Average the target encoder's last this many blocks."""
+    init_rescale: bool = False
+    """Divide the residual projections of block l by sqrt(2 l) at the start."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NoiseConfig:
+    """What the predictor's queries are made of; see ``stopfast.Predictor``."""
+
+    variant: Literal["ijepa", "stop", "stop_off", "stop_paper"] = "ijepa"
+    noise_var: float = 0.25
+    """Standard deviation of the noise (published name), or its variance with ``stop_paper``."""
+    apply_to: Literal["masked", "context", "both"] = "masked"
+    cov: Literal["learned", "fixed"] = "learned"
+    noise_dim: Literal["encoder", "predictor"] | None = None
+    tie: bool = True
+    learned_pos_emb: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MaskConfig:
+    """The multi-block masks; see ``stopfast.MultiBlockMasks``."""
+
+    enc_mask_scale: Range = (0.85, 1.0)
+    pred_mask_scale: Range = (0.15, 0.2)
+    aspect_ratio: Range = (0.75, 1.5)
+    nenc: int = 1
+    npred: int = 4
+    min_keep: int = 10
+    allow_overlap: bool = False
+    edge_inclusive: bool = False
+    truncate: Literal["first", "random"] = "first"
+    truncate_over: Literal["local", "global"] = "local"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW, its schedules, and the moving average of the target encoder."""
+
+    epochs: int = 300
+    warmup: float = 15.0
+    """Warm-up, in epochs."""
+    start_lr: float = 2e-4
+    lr: float = 1e-3
+    final_lr: float = 1e-6
+    weight_decay: float = 0.04
+    final_weight_decay: float = 0.4
+    ema: Range = (0.996, 1.0)
+    """Momentum at the first step, and at the end of the schedule."""
+    ipe_scale: float = 1.0
+    """Length of the schedules over the length of the run."""
+    fix_lr_thres: float = -1.0
+    """Epoch from which the learning rate leaves its cosine; negative for never."""
+    fix_lr_strategy: Literal["const", "linear"] = "const"
+    fix_wd_thres: float = -1.0
+    """Epoch from which the weight decay leaves its cosine; negative for never."""
+    fix_wd_strategy: Literal["const", "linear"] = "const"
+    clip: Literal["none", "global", "per_tensor"] = "none"
+    clip_norm: float = 1.0
+    clip_encoder_only: bool = False
+    """Clip the encoder's gradients alone, as the published StoP does."""
+
+    def __post_init__(self) -> None:
+        _require(self.epochs > 0, f"expected epochs > 0, got {self.epochs}")
+        _require(0 <= self.warmup < self.epochs * self.ipe_scale, f"expected warmup in 0..epochs * ipe_scale, got {self.warmup}")
+        _require(0 <= self.ema[0] <= self.ema[1] <= 1, f"expected ema 0 <= start <= end <= 1, got {self.ema}")
+        _require(self.clip_norm > 0, f"expected clip_norm > 0, got {self.clip_norm}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepConfig:
+    """How one optimiser step is computed."""
+
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    accumulate: int = 1
+    """Micro-batches of one step; with ``truncate_over="global"`` they equal the big batch."""
+    checkpointing: bool = False
+    """Recompute each block's activations in backward."""
+    ops: Literal["auto", "eager"] = "auto"
+
+    def __post_init__(self) -> None:
+        _require(self.accumulate > 0, f"expected accumulate > 0, got {self.accumulate}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """Where and how the run happens."""
+
+    output: Path | None = None
+    """Folder of the run; default ``runs/<preset>``."""
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    log_every: int = 50
+    """Steps between two printed lines."""
+    resume: bool = False
+    """Go on from the newest checkpoint in ``output``."""
+    dry_run: bool = False
+    """Print the resolved settings and stop."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.seed < 2**63, f"expected seed in 0..2**63-1, got {self.seed}")
+        _require(self.log_every > 0, f"expected log_every > 0, got {self.log_every}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """Everything a run depends on."""
+
+    preset: str
+    """Name of the preset that these settings began as."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    step: StepConfig = field(default_factory=StepConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        _require(
+            self.data.batch_size % self.step.accumulate == 0,
+            f"expected a batch_size that accumulate={self.step.accumulate} divides, "
+            f"got {self.data.batch_size}",
+        )
+
+
+def cifar10() -> Config:
+    """StoP with corrected masks on 32-pixel photographs, small enough for a CPU."""
+    return Config(
+        preset="cifar10",
+        data=DataConfig(transforms=Transforms(size=(32, 32), flip=0.5)),
+        model=ModelConfig(
+            patch_size=4,
+            embed_dim=96,
+            depth=4,
+            num_heads=4,
+            predictor_embed_dim=96,
+            predictor_depth=2,
+        ),
+        noise=NoiseConfig(variant="stop"),
+        # On an 8x8 grid a target has 9 to 12 patches, so the published floor of 10 is too high.
+        mask=MaskConfig(
+            min_keep=4, edge_inclusive=True, truncate="random", truncate_over="global"
+        ),
+        optim=OptimConfig(
+            epochs=3, warmup=0.3, start_lr=2e-4, lr=1e-3, final_lr=1e-5, final_weight_decay=0.04
+        ),
+    )
+
+
+def demo() -> Config:
+    """The ``cifar10`` recipe on the handwritten digits that come with scikit-learn."""
+    base = cifar10()
+    return replace(
+        base,
+        preset="demo",
+        # A mirrored digit is another digit, or none; and a small crop may show none of its strokes.
+        data=replace(base.data, transforms=Transforms(size=(32, 32), crop_scale=(0.6, 1.0))),
+        optim=replace(base.optim, epochs=10, warmup=1.0),
+    )
+
+
+PRESETS: dict[str, Callable[[], Config]] = {"demo": demo, "cifar10": cifar10}

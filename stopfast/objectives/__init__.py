@@ -1,0 +1,52 @@
+"""What a training loop knows of an objective."""
+
+from typing import NamedTuple, Protocol, TypeVar
+
+from torch import Tensor, nn
+
+from stopfast.config import Transforms
+from stopfast.optim import OptimizerRecipe
+
+
+Draws = TypeVar("Draws")
+
+
+class Loss(NamedTuple):
+    """The loss of one micro-batch, and what else is worth logging; all stay on the device."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+class Objective(Protocol[Draws]):
+    """A pre-training task. The loop adds no knowledge of its own, and no branch on its name.
+
+    Steps count from 1. ``Draws`` is whatever is random in one micro-batch, such as masks and noise.
+    """
+
+    transforms: Transforms
+    """How photographs become the images that ``loss`` takes."""
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The modules whose weights make a checkpoint, by the name they are saved under."""
+        ...
+
+    def draws(self, step: int, batch_size: int, part: slice) -> Draws:
+        """Draw for images ``part`` of a step's global batch of ``batch_size``: a pure function."""
+        ...
+
+    def loss(self, images: Tensor, draws: Draws) -> Loss:
+        """The loss of images [B, C, H, W], B being the length of the part that was drawn for."""
+        ...
+
+    def teacher_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+        """(student, teacher) pairs to average after each update; empty where there is no teacher."""
+        ...
+
+    def optimizer_recipe(self) -> OptimizerRecipe:
+        """Parameter groups and clipping."""
+        ...
+
+    def scalars(self, step: int) -> dict[str, float]:
+        """``lr``, ``weight_decay`` and, with teachers, ``momentum`` of a step."""
+        ...

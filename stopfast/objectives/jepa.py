@@ -1,0 +1,155 @@
+"""I-JEPA and StoP: predict a slow copy's features of masked blocks from the features of the rest."""
+
+import copy
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from stopfast.config import Transforms
+from stopfast.encoder import VisionTransformer
+from stopfast.kernels.ops import Ops, resolve_ops
+from stopfast.masking import Masks, MultiBlockMasks
+from stopfast.objectives import Loss
+from stopfast.optim import Clip, OptimizerRecipe, parameter_groups
+from stopfast.predictor import Predictor
+
+Schedule = Callable[[int], float]
+
+
+class JepaDraws(NamedTuple):
+    """What is random in one micro-batch."""
+
+    masks: Masks
+    seed: Tensor
+    """int64 [2]: the run's seed and the step, which decide the noise."""
+    sample_ids: Tensor
+    """int64 [B]: places in the step's global batch."""
+    noise: list[Tensor] | None = None
+    """Explicit, scaled draws for each target mask, instead of the seed's; for comparisons."""
+
+
+class Jepa:
+    """Smooth-L1 between predictions and the layer-normed features of a moving average of the encoder.
+
+    I-JEPA (Assran et al., CVPR 2023) or StoP (Bar et al., ICML 2024), by the predictor's variant.
+
+    Args:
+        encoder: the context encoder that is trained; the target encoder begins as its copy.
+        predictor: as wide as the encoder.
+        masks: sampler on the encoder's grid.
+        transforms: the images' transforms.
+        lr, weight_decay, momentum: schedules of the step 1, 2, ...
+        target_blocks: average the target encoder's last this many blocks.
+        seed: the run's seed.
+        clip, clip_norm, clip_encoder_only: gradient clipping.
+        skip_unused: compute the target encoder's last block for the wanted tokens only.
+        ops: implementation of the loss.
+
+    Raises:
+        ValueError: parts that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        encoder: VisionTransformer,
+        predictor: Predictor,
+        masks: MultiBlockMasks,
+        *,
+        transforms: Transforms,
+        lr: Schedule,
+        weight_decay: Schedule,
+        momentum: Schedule,
+        target_blocks: int = 1,
+        seed: int = 0,
+        clip: Clip = "none",
+        clip_norm: float = 1.0,
+        clip_encoder_only: bool = False,
+        skip_unused: bool = True,
+        ops: Ops | str = "auto",
+    ) -> None:
+        grids = encoder.patch_embed.grid, predictor.grid_size, masks.grid
+        if len(set(grids)) != 1:
+            raise ValueError(f"expected one grid for encoder, predictor and masks, got {grids}")
+        if encoder.embed_dim != predictor.embed_dim:
+            raise ValueError(
+                f"expected a predictor of the encoder's width {encoder.embed_dim}, "
+                f"got {predictor.embed_dim}"
+            )
+        self.encoder, self.predictor, self.masks = encoder, predictor, masks
+        self.target_encoder = copy.deepcopy(encoder).requires_grad_(False)
+        self.transforms = transforms
+        self._lr, self._weight_decay, self._momentum = lr, weight_decay, momentum
+        self.target_blocks = target_blocks
+        self.seed = seed
+        self._clip: tuple[Clip, float, bool] = (clip, clip_norm, clip_encoder_only)
+        self.skip_unused = skip_unused
+        self.ops = resolve_ops(ops)
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Encoder, predictor and target encoder."""
+        return {
+            "encoder": self.encoder,
+            "predictor": self.predictor,
+            "target_encoder": self.target_encoder,
+        }
+
+    def draws(self, step: int, batch_size: int, part: slice) -> JepaDraws:
+        """Masks of the part, and what its noise is a function of."""
+        device = self.encoder.pos_embed.device
+        # The published counter of the masks starts at 0.
+        masks = self.masks(batch_size, step - 1, start=part.start, stop=part.stop, device=device)
+        return JepaDraws(
+            masks,
+            torch.tensor([self.seed, step], dtype=torch.int64, device=device),
+            torch.arange(part.start, part.stop, device=device),
+        )
+
+    def loss(self, images: Tensor, draws: JepaDraws) -> Loss:
+        """Mean smooth-L1 over all predictions; see ``target_smooth_l1``."""
+        context, target = draws.masks
+        features, index = self.target_features(images, target)
+        x = self.encoder(images, context)
+        prediction = self.predictor(
+            x, context, target, noise=draws.noise, seed=draws.seed, sample_ids=draws.sample_ids
+        )
+        return Loss(self.ops.target_smooth_l1(prediction, features, index), {})
+
+    @torch.no_grad()
+    def target_features(self, images: Tensor, target: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Target features [B, T, D] and the rows among them that each target mask reads [M, B, Ky].
+
+        The features are not normed yet. T is N, or M * Ky where that is fewer rows to compute.
+        """
+        index = torch.stack(target)
+        blocks, batch, tokens = index.shape
+        if not self.skip_unused or blocks * tokens >= self.encoder.patch_embed.num_patches:
+            return self.target_encoder(images, K=self.target_blocks), index
+        rows = index.transpose(0, 1).flatten(1)
+        features = self.target_encoder(images, K=self.target_blocks, rows=rows)
+        place = torch.arange(blocks * tokens, device=index.device).view(blocks, 1, tokens)
+        return features, place.expand(-1, batch, -1)
+
+    def teacher_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+        """The target encoder follows the encoder."""
+        return [(self.encoder, self.target_encoder)]
+
+    def optimizer_recipe(self) -> OptimizerRecipe:
+        """AdamW with torch's defaults; encoder and predictor, decayed and not."""
+        clip, norm, encoder_only = self._clip
+        clipped = [self.encoder] if encoder_only else [self.encoder, self.predictor]
+        return OptimizerRecipe(
+            groups=parameter_groups([self.encoder, self.predictor]),
+            clip=clip,
+            clip_norm=norm,
+            clipped=[p for module in clipped for p in module.parameters() if p.requires_grad],
+        )
+
+    def scalars(self, step: int) -> dict[str, float]:
+        """Learning rate, weight decay and EMA momentum."""
+        return {
+            "lr": self._lr(step),
+            "weight_decay": self._weight_decay(step),
+            "momentum": self._momentum(step),
+        }
