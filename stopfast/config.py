@@ -1,9 +1,9 @@
 """The settings of a run: frozen dataclasses, and presets as functions that return them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar, get_type_hints
 
 Range = tuple[float, float]
 
@@ -233,3 +233,42 @@ def demo() -> Config:
 
 
 PRESETS: dict[str, Callable[[], Config]] = {"demo": demo, "cifar10": cifar10}
+
+T = TypeVar("T")
+
+
+def to_document(config: object) -> dict[str, Any]:
+    """Return settings as what JSON can hold."""
+
+    def plain(value: object) -> object:
+        if isinstance(value, dict):
+            return {key: plain(inner) for key, inner in value.items()}
+        if isinstance(value, tuple):
+            return [plain(inner) for inner in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return {key: plain(value) for key, value in asdict(config).items()}  # type: ignore[call-overload]
+
+
+def from_document(cls: type[T], document: dict[str, Any]) -> T:
+    """Undo :func:`to_document` for the settings class ``cls``.
+
+    Raises:
+        ValueError: a setting that this version does not know, or a value that it refuses.
+    """
+    hints = get_type_hints(cls)
+    unknown = document.keys() - hints.keys()
+    _require(not unknown, f"expected settings of {cls.__name__}, got also {sorted(unknown)}")
+    values = {}
+    for entry in fields(cls):  # type: ignore[arg-type]
+        if entry.name not in document:
+            continue
+        value, hint = document[entry.name], hints[entry.name]
+        if is_dataclass(hint):
+            value = from_document(hint, value)  # type: ignore[arg-type]
+        elif isinstance(value, list):
+            value = tuple(value)
+        elif value is not None and hint == Path | None:
+            value = Path(value)
+        values[entry.name] = value
+    return cls(**values)

@@ -233,8 +233,9 @@ SOUND = {
     "stopfast/cli.py": "def main():\n    from stopfast import train\n    train.run()",
     "stopfast/config.py": "from dataclasses import dataclass",
     "stopfast/data/__init__.py": "from stopfast.data.loader import Loader",
-    "stopfast/data/loader.py": "from . import sampler",
-    "stopfast/data/sampler.py": "import os, torch\ndef f():\n    torch.cuda.synchronize()\n"
+    "stopfast/data/loader.py": "from stopfast import encoder\nfrom . import sampler",
+    "stopfast/data/sampler.py": "import os, torch, typing\nif typing.TYPE_CHECKING:\n"
+    "    from stopfast.data.loader import Loader\ndef f():\n    torch.cuda.synchronize()\n"
     "    return os.environ['X']",
     "stopfast/encoder.py": "from stopfast.kernels.ops import EAGER",
     "stopfast/train.py": "import stopfast.data.loader\nfrom stopfast import config, encoder",
@@ -282,6 +283,7 @@ PLANTED = [
     ("cycle", "stopfast/encoder.py", "import stopfast.encoder"),
     ("cycle", "stopfast/data/sampler.py", "from stopfast.data.loader import Loader"),
     ("cycle", "stopfast/data/sampler.py", "from stopfast.data import Loader"),
+    ("cycle", "stopfast/encoder.py", "from stopfast.data.sampler import f"),
     ("cycle", "kernels/_launch.py", "from stopfast.kernels import fused"),
     ("at import", "stopfast/encoder.py", "import torch\nX = torch.cuda.is_available()"),
     ("at import", "stopfast/encoder.py", "import torch as t\nif t.cuda.is_available(): ..."),

@@ -1,0 +1,100 @@
+"""From settings to the objects they describe."""
+
+import dataclasses
+
+import torch
+
+from stopfast.config import Config
+from stopfast.encoder import VisionTransformer, image_grid
+from stopfast.masking import MultiBlockMasks
+from stopfast.models import published_norm
+from stopfast.objectives.jepa import Jepa
+from stopfast.predictor import Predictor
+from stopfast.schedules import Cosine, LinearMomentum
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device that a setting names; ``auto`` is CUDA where there is one.
+
+    Raises:
+        ValueError: CUDA is asked for and not there.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("expected a CUDA device for device='cuda', found none")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def build_encoder(config: Config) -> VisionTransformer:
+    """Return the encoder of these settings, initialised from torch's generator."""
+    model = config.model
+    return VisionTransformer(
+        img_size=list(config.data.transforms.size),
+        patch_size=model.patch_size,
+        embed_dim=model.embed_dim,
+        depth=model.depth,
+        num_heads=model.num_heads,
+        mlp_ratio=model.mlp_ratio,
+        norm_layer=published_norm,
+        init_rescale=model.init_rescale,
+        checkpointing=config.step.checkpointing,
+        ops=config.step.ops,
+    )
+
+
+def build_objective(config: Config, steps_per_epoch: int) -> Jepa:
+    """Return the objective of these settings, its weights drawn from the run's seed."""
+    model, optim = config.model, config.optim
+    torch.manual_seed(config.run.seed)
+    encoder = build_encoder(config)
+    grid = image_grid(config.data.transforms.size, model.patch_size)
+    predictor = Predictor(
+        num_patches=grid[0] * grid[1],
+        embed_dim=model.embed_dim,
+        predictor_embed_dim=model.predictor_embed_dim,
+        depth=model.predictor_depth,
+        num_heads=model.num_heads,
+        mlp_ratio=model.mlp_ratio,
+        norm_layer=published_norm,
+        grid_size=grid,
+        init_rescale=model.init_rescale,
+        checkpointing=config.step.checkpointing,
+        ops=config.step.ops,
+        **dataclasses.asdict(config.noise),
+    )
+    masks = MultiBlockMasks(grid=grid, seed=config.run.seed, **dataclasses.asdict(config.mask))
+    total = int(optim.ipe_scale * optim.epochs * steps_per_epoch)
+
+    def threshold(epochs: float) -> int | None:
+        return None if epochs < 0 else int(epochs * steps_per_epoch)
+
+    return Jepa(
+        encoder,
+        predictor,
+        masks,
+        transforms=config.data.transforms,
+        lr=Cosine(
+            start=optim.start_lr,
+            reference=optim.lr,
+            final=optim.final_lr,
+            warmup_steps=int(optim.warmup * steps_per_epoch),
+            total_steps=total,
+            fix_step=threshold(optim.fix_lr_thres),
+            fix_strategy=optim.fix_lr_strategy,
+        ),
+        weight_decay=Cosine(
+            reference=optim.weight_decay,
+            final=optim.final_weight_decay,
+            total_steps=total,
+            fix_step=threshold(optim.fix_wd_thres),
+            fix_strategy=optim.fix_wd_strategy,
+        ),
+        momentum=LinearMomentum(start=optim.ema[0], end=optim.ema[1], total_steps=total),
+        target_blocks=model.target_blocks,
+        seed=config.run.seed,
+        clip=optim.clip,
+        clip_norm=optim.clip_norm,
+        clip_encoder_only=optim.clip_encoder_only,
+        ops=config.step.ops,
+    )

@@ -1,0 +1,1 @@
+"""Images: folders, what is drawn for each sample, and decoding."""
