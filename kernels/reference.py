@@ -230,7 +230,9 @@ def target_smooth_l1(prediction: Tensor, features: Tensor, index: Tensor) -> Ten
     """
     blocks, batch, tokens = index.shape
     width = features.shape[-1]
-    rows = features.detach().gather(1, index.transpose(0, 1).reshape(batch, -1, 1).expand(-1, -1, width))
+    rows = features.detach().gather(
+        1, index.transpose(0, 1).reshape(batch, -1, 1).expand(-1, -1, width)
+    )
     dtype = torch.promote_types(torch.float32, prediction.dtype)
     target = F.layer_norm(rows.to(dtype), (width,)).view(batch, blocks, tokens, width)
     target = target.transpose(0, 1)[:, None]

@@ -44,10 +44,16 @@ def save_checkpoint(
     shutil.rmtree(unfinished, ignore_errors=True)  # what an earlier, killed save left
     unfinished.mkdir(parents=True)
     for name, state in tensors.items():
-        save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, unfinished / f"{name}.safetensors")
+        save_file(
+            {k: v.detach().cpu().contiguous() for k, v in state.items()},
+            unfinished / f"{name}.safetensors",
+        )
     for name, document in documents.items():
         (unfinished / f"{name}.json").write_text(json.dumps(document, indent=2, sort_keys=True))
-    manifest = {p.name: {"sha256": _sha256(p), "bytes": p.stat().st_size} for p in sorted(unfinished.iterdir())}
+    manifest = {
+        p.name: {"sha256": _sha256(p), "bytes": p.stat().st_size}
+        for p in sorted(unfinished.iterdir())
+    }
     (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=2))
     for path in (*unfinished.iterdir(), unfinished):
         _flush(path)
@@ -76,7 +82,9 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[st
         )
     for name, expected in listed.items():
         if _sha256(folder / name) != expected:
-            raise CheckpointError(f"{folder / name}: its content is not what was saved (SHA-256 differs)")
+            raise CheckpointError(
+                f"{folder / name}: its content is not what was saved (SHA-256 differs)"
+            )
     tensors, documents = {}, {}
     for name in listed:
         stem, suffix = os.path.splitext(name)
@@ -112,7 +120,9 @@ def flatten_state(state: Any, prefix: str = "") -> tuple[dict[str, Tensor], Any]
         for key, value in state.items():
             inner, rest = flatten_state(value, f"{prefix}/{key}".lstrip("/"))
             tensors |= inner
-            entries.append([key, rest])  # pairs, since JSON would turn the optimiser's int keys to text
+            entries.append(
+                [key, rest]
+            )  # pairs, since JSON would turn the optimiser's int keys to text
         return tensors, {"__dict__": entries}
     if isinstance(state, list | tuple):
         items = []
@@ -197,7 +207,9 @@ def load_published(
         raise CheckpointError(f"{path}: expected a dictionary, got {type(content).__name__}")
     absent = {"encoder", "predictor", "target_encoder"} - content.keys()
     if absent:
-        raise CheckpointError(f"{path}: expected entries encoder, predictor and target_encoder, without {sorted(absent)}")
+        raise CheckpointError(
+            f"{path}: expected entries encoder, predictor and target_encoder, without {sorted(absent)}"
+        )
     encoder, predictor, target = (
         {_strip(k): v for k, v in content[name].items()}
         for name in ("encoder", "predictor", "target_encoder")
@@ -219,7 +231,9 @@ def load_published(
             **predictor_settings,
         )
     except KeyError as error:
-        raise CheckpointError(f"{path}: its weights do not fit the model; missing: {error.args[0]}") from None
+        raise CheckpointError(
+            f"{path}: its weights do not fit the model; missing: {error.args[0]}"
+        ) from None
     for module, state, name in (
         (networks[0], encoder, "encoder"),
         (guess, predictor, "predictor"),

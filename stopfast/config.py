@@ -34,8 +34,13 @@ class Transforms:
 
     def __post_init__(self) -> None:
         low, high = self.crop_scale
-        _require(0 < low <= high <= 1, f"expected crop_scale 0 < low <= high <= 1, got {self.crop_scale}")
-        _require(0 < self.crop_ratio[0] <= self.crop_ratio[1], f"expected crop_ratio 0 < low <= high, got {self.crop_ratio}")
+        _require(
+            0 < low <= high <= 1, f"expected crop_scale 0 < low <= high <= 1, got {self.crop_scale}"
+        )
+        _require(
+            0 < self.crop_ratio[0] <= self.crop_ratio[1],
+            f"expected crop_ratio 0 < low <= high, got {self.crop_ratio}",
+        )
         _require(0 <= self.flip <= 1, f"expected flip in 0..1, got {self.flip}")
         _require(0 < self.center <= 1, f"expected center in (0, 1], got {self.center}")
 
@@ -134,8 +139,14 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _require(self.epochs > 0, f"expected epochs > 0, got {self.epochs}")
-        _require(0 <= self.warmup < self.epochs * self.ipe_scale, f"expected warmup in 0..epochs * ipe_scale, got {self.warmup}")
-        _require(0 <= self.ema[0] <= self.ema[1] <= 1, f"expected ema 0 <= start <= end <= 1, got {self.ema}")
+        _require(
+            0 <= self.warmup < self.epochs * self.ipe_scale,
+            f"expected warmup in 0..epochs * ipe_scale, got {self.warmup}",
+        )
+        _require(
+            0 <= self.ema[0] <= self.ema[1] <= 1,
+            f"expected ema 0 <= start <= end <= 1, got {self.ema}",
+        )
         _require(self.clip_norm > 0, f"expected clip_norm > 0, got {self.clip_norm}")
 
 
@@ -211,9 +222,7 @@ def cifar10() -> Config:
         ),
         noise=NoiseConfig(variant="stop"),
         # On an 8x8 grid a target has 9 to 12 patches, so the published floor of 10 is too high.
-        mask=MaskConfig(
-            min_keep=4, edge_inclusive=True, truncate="random", truncate_over="global"
-        ),
+        mask=MaskConfig(min_keep=4, edge_inclusive=True, truncate="random", truncate_over="global"),
         optim=OptimConfig(
             epochs=3, warmup=0.3, start_lr=2e-4, lr=1e-3, final_lr=1e-5, final_weight_decay=0.04
         ),

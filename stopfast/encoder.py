@@ -152,7 +152,7 @@ class VisionTransformer(
         )
         self.norm = norm(embed_dim)
         init_weights(self, self.blocks, init_std, init_rescale)
-        if self._hub_mixin_config is not None:
+        if isinstance(self._hub_mixin_config, dict):
             self._hub_mixin_config["norm_layer"] = norm_config(self.norm)
 
     @classmethod
@@ -164,7 +164,7 @@ class VisionTransformer(
         self,
         images: Tensor,
         masks: Masks | None = None,
-        K: int = 1,  # noqa: N803 - the published name
+        K: int = 1,
         *,
         rows: Tensor | None = None,
     ) -> Tensor:

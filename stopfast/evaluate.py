@@ -4,16 +4,15 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from sklearn.base import ClassifierMixin
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
@@ -66,9 +65,14 @@ def evaluate_checkpoint(
         scan_folder(split_folder(data, *names)) for names in (("train",), ("test", "val"))
     )
     if train.files == test.files:
-        raise ValueError(f"expected {data} with train/ and test/ (or val/) folders, found one set of images")
+        raise ValueError(
+            f"expected {data} with train/ and test/ (or val/) folders, found one set of images"
+        )
     if train.classes != test.classes or len(train.classes) < 2:
-        raise ValueError(f"expected the same classes, at least two, in both splits of {data}, got {train.classes} and {test.classes}")
+        raise ValueError(
+            f"expected the same classes, at least two, in both splits of {data}, "
+            f"got {train.classes} and {test.classes}"
+        )
     where = choose_device(device)
     torch.manual_seed(config.run.seed)
     untrained = build_encoder(config)  # the weights that the run began with
@@ -133,15 +137,19 @@ def save_evaluation(evaluation: Evaluation, path: Path) -> None:
     path.write_text(json.dumps(vars(evaluation), indent=2))
 
 
-def _knn() -> ClassifierMixin:
-    return KNeighborsClassifier(20, metric="cosine", weights=lambda distance: np.exp(-distance / 0.07))
+def _knn() -> Pipeline:
+    def closeness(distance: np.ndarray) -> np.ndarray:
+        return np.exp(-distance / 0.07)
+
+    nearest: Any = KNeighborsClassifier
+    return make_pipeline(nearest(20, metric="cosine", weights=closeness))
 
 
-def _linear() -> ClassifierMixin:
+def _linear() -> Pipeline:
     return make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=300))
 
 
-_CLASSIFIERS: dict[str, Callable[[], ClassifierMixin]] = {"kNN": _knn, "linear": _linear}
+_CLASSIFIERS: dict[str, Callable[[], Pipeline]] = {"kNN": _knn, "linear": _linear}
 
 
 @torch.inference_mode()

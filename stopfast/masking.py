@@ -18,7 +18,7 @@ Truncate = Literal["first", "random"]
 Scope = Literal["local", "global"]
 
 _FAILURES_PER_TRY = 20  # published: failures before one more constraint is dropped
-_TARGETS, _CONTEXTS, _KEEP = 0, 1, 2  # streams of random numbers
+_KEEP_STREAM = 1 << 32  # random numbers that choose what a context keeps; below it, its attempts
 
 
 class Masks(NamedTuple):
@@ -120,6 +120,7 @@ class MultiBlockMasks:
         self.edge_inclusive = edge_inclusive
         self.truncate, self.truncate_over = truncate, truncate_over
         self.seed = seed
+        self._known: dict[tuple[Grid, torch.device], _Tables] = {}
         self._check_sizes()
 
     def _check_sizes(self) -> None:
@@ -147,16 +148,6 @@ class MultiBlockMasks:
             block_size(context.item(), self.enc_mask_scale, (1.0, 1.0), self.grid),
         )
 
-    def places(
-        self, batch_size: int, iteration: int, block: Grid, blocks: int, stream: int, attempt: int = 0
-    ) -> Tensor:
-        """Return the top left corners of a batch's blocks, int64 [batch_size, blocks, 2]."""
-        counter = [0, stream << 32 | attempt, iteration, 0]
-        generator = np.random.Generator(np.random.Philox(key=self.seed, counter=counter))
-        # Exclusive bounds, as published: the last place that would fit is never drawn.
-        span = [side - size + self.edge_inclusive for side, size in zip(self.grid, block, strict=True)]
-        return torch.from_numpy(generator.integers(0, span, (batch_size, blocks, 2)))
-
     def __call__(
         self,
         batch_size: int,
@@ -179,45 +170,66 @@ class MultiBlockMasks:
         if not 0 <= start < stop <= batch_size:
             raise ValueError(f"expected 0 <= start < stop <= {batch_size}, got {start} and {stop}")
         part = slice(start, stop)
-        sizes = self.sizes(iteration)
-        corners = self.places(batch_size, iteration, sizes.target, self.npred, _TARGETS)
-        corners = corners.to(device, non_blocking=True)
         seen = part if self.truncate_over == "local" else slice(None)
-        member, rank, kept = self._contexts(corners[seen], sizes, batch_size, iteration, seen)
+        target, context = self.sizes(iteration)
+        places = self._places(
+            batch_size, iteration, 0, [target] * self.npred + [context] * self.nenc
+        )
+        places = places.to(device, non_blocking=True)
+        tables = self._tables(target, places.device), self._tables(context, places.device)
+        targets, contexts = places[seen].split([self.npred, self.nenc], dim=1)
+        binding = 0 if self.allow_overlap else self.npred
+        member = tables[1].cover[contexts] & self._free(tables[0], targets, binding)[:, None]
+        kept = int(member.sum(-1, dtype=torch.int32).min())
+        if kept <= self.min_keep:
+            member, kept = self._redraw(
+                member, tables, targets, context, batch_size, iteration, seen
+            )
         if self.truncate_over == "global":
-            member, rank = member[part], rank[part]
-        index = self._truncate(member, rank, kept, batch_size, iteration, part)
-        return Masks(list(index.unbind(1)), list(self._raster(corners[part], sizes.target).unbind(1)))
+            member = member[part]
+        index = self._truncate(member, kept, batch_size, iteration, part)
+        raster = places[part, : self.npred, None] + tables[0].inside
+        return Masks(list(index.unbind(1)), list(raster.unbind(1)))
 
-    def _raster(self, corners: Tensor, block: Grid) -> Tensor:
-        """Positions of blocks with these corners: [..., 2] to [..., height * width]."""
-        columns = self.grid[1]
-        rows = torch.arange(block[0], device=corners.device) * columns
-        inside = (rows[:, None] + torch.arange(block[1], device=corners.device)).flatten()
-        return (corners[..., :1] * columns + corners[..., 1:]) + inside
+    def _generator(self, iteration: int, stream: int) -> np.random.Generator:
+        bits = np.random.Philox(key=self.seed, counter=[0, stream, iteration, 0])
+        return np.random.Generator(bits)
 
-    def _cover(self, corners: Tensor, block: Grid) -> Tensor:
-        """Which positions each block covers: [..., 2] to bool [..., rows, columns]."""
-        inside = []
-        for axis, (side, size) in enumerate(zip(self.grid, block, strict=True)):
-            offset = torch.arange(side, device=corners.device) - corners[..., axis, None]
-            inside.append((offset >= 0) & (offset < size))
-        return inside[0][..., :, None] & inside[1][..., None, :]
+    def _places(self, batch_size: int, iteration: int, stream: int, blocks: list[Grid]) -> Tensor:
+        """Draw each block's top left position, int64 [batch_size, len(blocks)]."""
+        # Exclusive bounds, as published: the last place that would fit is never drawn.
+        span = np.array(self.grid) - np.array(blocks) + int(self.edge_inclusive)
+        uniform = self._generator(iteration, stream).random((batch_size, len(blocks), 2))
+        corners = (uniform * span).astype(np.int64)
+        return torch.from_numpy(corners[..., 0] * self.grid[1] + corners[..., 1])
 
-    def _contexts(
-        self, targets: Tensor, sizes: Sizes, batch_size: int, iteration: int, seen: slice
-    ) -> tuple[Tensor, Tensor, int]:
-        """Draw contexts until each is valid.
+    def _tables(self, block: Grid, device: torch.device) -> "_Tables":
+        """What a block covers, for each place: there are few sizes, so each is worked out once."""
+        if (block, device) not in self._known:
+            self._known[block, device] = _Tables.of(block, self.grid, device)
+        return self._known[block, device]
 
-        Returns the patches that belong to each, bool [B, E, N], their running count int16 [B, E, N],
-        and the length of the shortest.
-        """
-        covered = self._cover(targets, sizes.target)
-        if self.allow_overlap:
-            covered = torch.zeros_like(covered)
-        free = ~covered.any(1, keepdim=True)
-        member: Tensor | None = None
-        for attempt in range(_FAILURES_PER_TRY * self.npred + 1):
+    @staticmethod
+    def _free(table: "_Tables", targets: Tensor, binding: int) -> Tensor:
+        """Which patches the first ``binding`` targets leave free: bool [B, N]."""
+        covered = table.cover.new_zeros(table.cover.shape[1])
+        # A loop over the few masks is faster than a reduction over an axis of that length.
+        for places in targets[:, :binding].unbind(1):
+            covered = covered | table.cover[places]
+        return ~covered.expand(len(targets), -1)
+
+    def _redraw(
+        self,
+        member: Tensor,
+        tables: tuple["_Tables", "_Tables"],
+        targets: Tensor,
+        context: Grid,
+        batch_size: int,
+        iteration: int,
+        seen: slice,
+    ) -> tuple[Tensor, int]:
+        """Draw the contexts that are too small again, until none is."""
+        for attempt in range(1, _FAILURES_PER_TRY * self.npred + 1):
             dropped, failures = divmod(attempt, _FAILURES_PER_TRY)
             if dropped and not failures:
                 warnings.warn(
@@ -225,34 +237,52 @@ class MultiBlockMasks:
                     "contexts overlap targets; fewer or smaller targets avoid this",
                     stacklevel=3,
                 )
-                free = ~covered[:, : self.npred - dropped].any(1, keepdim=True)
-            corners = self.places(
-                batch_size, iteration, sizes.context, self.nenc, _CONTEXTS, attempt
-            )[seen].to(targets.device)
-            drawn = (self._cover(corners, sizes.context) & free).flatten(2)
-            if member is None:
-                member = drawn
-            else:
-                member = torch.where(member.sum(-1, keepdim=True) <= self.min_keep, drawn, member)
-            rank = member.cumsum(-1, dtype=torch.int16)
-            kept = int(rank[..., -1].min())
+            places = self._places(batch_size, iteration, attempt, [context] * self.nenc)[seen]
+            free = self._free(tables[0], targets, self.npred - dropped)
+            drawn = tables[1].cover[places.to(member.device)] & free[:, None]
+            member = torch.where(member.sum(-1, keepdim=True) <= self.min_keep, drawn, member)
+            kept = int(member.sum(-1).min())
             if kept > self.min_keep:
-                return member, rank, kept
+                return member, kept
         raise AssertionError("an unconstrained context is larger than min_keep")
 
     def _truncate(
-        self, member: Tensor, rank: Tensor, kept: int, batch_size: int, iteration: int, part: slice
+        self, member: Tensor, kept: int, batch_size: int, iteration: int, part: slice
     ) -> Tensor:
         """Positions of ``kept`` patches of each context, ascending: [B, E, N] to [B, E, kept]."""
         if self.truncate == "first":
-            first = member & (rank <= kept)
-            return first.nonzero()[:, -1].view(*member.shape[:2], kept)
-        generator = np.random.Generator(
-            np.random.Philox(key=self.seed, counter=[0, _KEEP << 32, iteration, 0])
-        )
+            first = member & (member.cumsum(-1, dtype=torch.int16) <= kept)
+            positions = first.numel() // first.shape[-1]
+            base = torch.arange(positions, device=member.device) * member.shape[-1]
+            return _flat_nonzero(first).view(*member.shape[:2], kept) - base.view(-1, self.nenc, 1)
+        generator = self._generator(iteration, _KEEP_STREAM)
         keys = generator.random((batch_size, *member.shape[1:]), dtype=np.float32)[part]
         ranked = torch.from_numpy(keys).to(member.device).masked_fill_(~member, -1.0)
         return ranked.topk(kept, dim=-1).indices.sort(-1).values
+
+
+class _Tables(NamedTuple):
+    """A block of one size at every place of the grid."""
+
+    cover: Tensor
+    """bool [N, N]: whether the block at the first position covers the second."""
+    inside: Tensor
+    """int64 [height * width]: the block's positions, counted from its top left one."""
+
+    @classmethod
+    def of(cls, block: Grid, grid: Grid, device: torch.device) -> "_Tables":
+        index = torch.arange(grid[0] * grid[1], device=device)
+        row, column = (axis[None] - axis[:, None] for axis in (index // grid[1], index % grid[1]))
+        cover = (row >= 0) & (row < block[0]) & (column >= 0) & (column < block[1])
+        rows = torch.arange(block[0], device=device) * grid[1]
+        return cls(cover, (rows[:, None] + torch.arange(block[1], device=device)).flatten())
+
+
+def _flat_nonzero(mask: Tensor) -> Tensor:
+    """``mask.flatten().nonzero()`` as one axis; on the CPU numpy's is six times as fast as torch's."""
+    if mask.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return mask.flatten().nonzero()[:, 0]
 
 
 class MaskCollator:
@@ -281,9 +311,9 @@ class MaskCollator:
         height, width = (input_size,) * 2 if isinstance(input_size, int) else input_size
         self.masks = MultiBlockMasks(
             grid=(height // patch_size, width // patch_size),
-            enc_mask_scale=tuple(enc_mask_scale),
-            pred_mask_scale=tuple(pred_mask_scale),
-            aspect_ratio=tuple(aspect_ratio),
+            enc_mask_scale=(enc_mask_scale[0], enc_mask_scale[1]),
+            pred_mask_scale=(pred_mask_scale[0], pred_mask_scale[1]),
+            aspect_ratio=(aspect_ratio[0], aspect_ratio[1]),
             nenc=nenc,
             npred=npred,
             min_keep=min_keep,

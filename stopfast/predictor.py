@@ -114,7 +114,8 @@ class Predictor(
 
         norm = norm_factory(norm_layer)
         self.embed_dim = embed_dim
-        self.grid_size = square_grid(num_patches) if grid_size is None else tuple(grid_size)
+        rows, columns = square_grid(num_patches) if grid_size is None else grid_size
+        self.grid_size: Grid = (rows, columns)
         if self.grid_size[0] * self.grid_size[1] != num_patches:
             raise ValueError(f"expected a grid of {num_patches} patches, got {self.grid_size}")
         self.skip_unused = skip_unused
@@ -151,7 +152,7 @@ class Predictor(
         self.predictor_norm = norm(predictor_embed_dim)
         self.predictor_proj = nn.Linear(predictor_embed_dim, embed_dim)
         init_weights(self, self.predictor_blocks, init_std, init_rescale)
-        if self._hub_mixin_config is not None:
+        if isinstance(self._hub_mixin_config, dict):
             self._hub_mixin_config["norm_layer"] = norm_config(self.predictor_norm)
 
     @classmethod
@@ -192,13 +193,19 @@ class Predictor(
         masks_x, masks = as_list(masks_x), as_list(masks)
         self._check(x, masks_x, masks)
         index = torch.stack(masks)
-        query_noise = self._explicit("noise", noise, self.noisy_queries, (len(masks), *x.shape[:1], index.shape[2]))
-        context_noise = self._explicit("noise_context", noise_context, self.noisy_context, x.shape[:2])
+        query_noise = self._explicit(
+            "noise", noise, self.noisy_queries, (len(masks), *x.shape[:1], index.shape[2])
+        )
+        context_noise = self._explicit(
+            "noise_context", noise_context, self.noisy_context, x.shape[:2]
+        )
         if (self.noisy_queries and query_noise is None) or (
             self.noisy_context and context_noise is None
         ):
             seed = self._seed(seed, x.device)
-            ids = torch.arange(index.shape[1], device=x.device) if sample_ids is None else sample_ids
+            ids = (
+                torch.arange(index.shape[1], device=x.device) if sample_ids is None else sample_ids
+            )
             if self.noisy_queries and query_noise is None:
                 query_noise = self._draw(seed, ids, index.shape[0], len(masks_x), index.shape[2])
             if self.noisy_context and context_noise is None:
@@ -320,7 +327,9 @@ def _resolve_variant(variant: Variant | None, apply_stop: bool | None) -> Varian
     _choose("variant", variant, Variant)
     implied = {"stop_paper": True}.get(variant, {v: k for k, v in _VARIANT_OF.items()}.get(variant))
     if apply_stop is not None and apply_stop != implied:
-        raise ValueError(f"expected apply_stop={implied} with variant {variant!r}, got {apply_stop}")
+        raise ValueError(
+            f"expected apply_stop={implied} with variant {variant!r}, got {apply_stop}"
+        )
     return variant
 
 
@@ -331,5 +340,7 @@ def _resolve_noise_dim(noise_dim: NoiseDim | None, cov: Covariance, tie: bool) -
         return needed or "encoder"  # type: ignore[return-value]
     _choose("noise_dim", noise_dim, NoiseDim)
     if needed not in (None, noise_dim):
-        raise ValueError(f"expected noise_dim={needed!r} with cov={cov!r} and tie={tie}, got {noise_dim!r}")
+        raise ValueError(
+            f"expected noise_dim={needed!r} with cov={cov!r} and tie={tie}, got {noise_dim!r}"
+        )
     return noise_dim

@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 
 from stopfast import __version__
+from stopfast.build import build_objective, choose_device
 from stopfast.checkpoint import (
     CheckpointError,
     flatten_state,
@@ -18,7 +19,6 @@ from stopfast.checkpoint import (
     save_checkpoint,
     unflatten_state,
 )
-from stopfast.build import build_objective, choose_device
 from stopfast.config import Config, to_document
 from stopfast.data.digits import digits_folder
 from stopfast.data.folder import ImageFolder, scan_folder, split_folder
@@ -60,7 +60,9 @@ def pretrain(config: Config, console: Console) -> Path:
     last_step = config.optim.epochs * plan.steps_per_epoch
     done = _resume(newest_checkpoint(output), config, objective, step) if config.run.resume else 0
     if done >= last_step:
-        raise ValueError(f"expected a run of fewer than {last_step} steps to go on with, got {done}")
+        raise ValueError(
+            f"expected a run of fewer than {last_step} steps to go on with, got {done}"
+        )
     console.print(
         f"{len(folder):,} images of {len(folder.classes)} classes, {plan.steps_per_epoch} steps an epoch, "
         f"{last_step} steps, {config.noise.variant} on {device}, {config.step.precision}, "
@@ -99,7 +101,9 @@ def training_folder(config: Config) -> ImageFolder:
     root = config.data.root
     if root is None:
         if config.preset != "demo":
-            raise ValueError(f"expected --data.root, a folder of JPEG images, for preset {config.preset!r}")
+            raise ValueError(
+                f"expected --data.root, a folder of JPEG images, for preset {config.preset!r}"
+            )
         root = digits_folder(Path("runs") / "digits")
     return scan_folder(split_folder(root, "train"))
 
@@ -180,7 +184,9 @@ def _resume(path: Path, config: Config, objective: Objective[Any], step: TrainSt
         and (name is None or saved[section].get(name) != wanted[section][name])
     ]
     if different:
-        raise CheckpointError(f"{path}: expected the settings it was made with, got other {different}")
+        raise CheckpointError(
+            f"{path}: expected the settings it was made with, got other {different}"
+        )
     for name, module in objective.modules().items():
         prefix = f"{name}."
         state = {

@@ -4,6 +4,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -20,7 +21,7 @@ def digits_folder(root: Path) -> Path:
     """
     if root.is_dir():
         return root
-    data = load_digits()
+    data: Any = load_digits()
     root.parent.mkdir(parents=True, exist_ok=True)
     # Written beside its place and moved there whole: an interruption leaves no half a data set.
     unfinished = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))

@@ -53,7 +53,7 @@ def random_boxes(
     low, high = (math.log(ratio) for ratio in transforms.crop_ratio)
     ratio = np.exp(low + uniform[..., 1] * (high - low))
     crop = np.stack([np.rint(np.sqrt(area / ratio)), np.rint(np.sqrt(area * ratio))], axis=-1)
-    fits = (crop[..., 0] <= height) & (crop[..., 1] <= width) & (crop > 0).all(-1)
+    fits: np.ndarray = (crop[..., 0] <= height) & (crop[..., 1] <= width) & (crop > 0).all(-1)
     first = fits.argmax(1)
     rows = np.arange(len(ids))
     size = np.where(fits.any(1)[:, None], crop[rows, first], _largest_crop(sizes, transforms))
@@ -80,5 +80,6 @@ def _largest_crop(sizes: np.ndarray, transforms: Transforms) -> np.ndarray:
     height, width = sizes[:, 0].astype(np.float64), sizes[:, 1].astype(np.float64)
     low, high = transforms.crop_ratio
     return np.stack(
-        [np.minimum(height, np.rint(width / low)), np.minimum(width, np.rint(height * high))], axis=-1
+        [np.minimum(height, np.rint(width / low)), np.minimum(width, np.rint(height * high))],
+        axis=-1,
     )

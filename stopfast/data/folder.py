@@ -25,7 +25,9 @@ def scan_folder(root: Path) -> ImageFolder:
         ValueError: ``root`` is missing, is no folder, or holds no JPEG file.
     """
     if not root.is_dir():
-        raise ValueError(f"expected a folder of class folders of JPEG files, got {root}, which is not a folder")
+        raise ValueError(
+            f"expected a folder of class folders of JPEG files, got {root}, which is not a folder"
+        )
     classes = sorted(p.name for p in root.iterdir() if p.is_dir()) or ["."]
     files, labels = [], []
     for label, name in enumerate(classes):
@@ -33,7 +35,9 @@ def scan_folder(root: Path) -> ImageFolder:
         files += found
         labels += [label] * len(found)
     if not files:
-        raise ValueError(f"expected JPEG files ({', '.join(sorted(EXTENSIONS))}) under {root}, found none")
+        raise ValueError(
+            f"expected JPEG files ({', '.join(sorted(EXTENSIONS))}) under {root}, found none"
+        )
     return ImageFolder(tuple(files), tuple(labels), tuple(classes))
 
 

@@ -102,7 +102,9 @@ def _read(folder: ImageFolder, samples: np.ndarray) -> tuple[list[np.ndarray], n
             with Image.open(io.BytesIO(data)) as image:
                 width, height = image.size
         except OSError as error:
-            raise ValueError(f"expected a JPEG file, got {path}, which cannot be read: {error}") from None
+            raise ValueError(
+                f"expected a JPEG file, got {path}, which cannot be read: {error}"
+            ) from None
         encoded.append(np.frombuffer(data, dtype=np.uint8))
         sizes.append((height, width))
     return encoded, np.array(sizes)
@@ -118,7 +120,8 @@ def _decode(
     problem = dali_problem()
     if problem is not None:
         raise RuntimeError(problem)
-    from nvidia.dali import fn, pipeline_def, types
+    from nvidia.dali import fn, types
+    from nvidia.dali.pipeline import pipeline_def
 
     on_gpu = device.type == "cuda"
 
@@ -129,10 +132,11 @@ def _decode(
     @pipeline_def(
         batch_size=batch_size,
         num_threads=threads,
-        device_id=(device.index or 0) if on_gpu else None,
+        device_id=(device.index or 0) if on_gpu else None,  # pyright: ignore[reportArgumentType]
         prefetch_queue_depth=2,
     )
     def pipeline() -> tuple[Any, ...]:
+        images: Any
         encoded, top_left, size, flip, samples = fn.external_source(
             source=feed(), num_outputs=5, batch=True
         )
@@ -147,7 +151,10 @@ def _decode(
             adjust_orientation=False,
         )
         images = fn.resize(
-            images, size=transforms.size, interp_type=types.DALIInterpType.INTERP_LINEAR, antialias=True
+            images,
+            size=transforms.size,
+            interp_type=types.DALIInterpType.INTERP_LINEAR,
+            antialias=True,
         )
         images = fn.crop_mirror_normalize(
             images,

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from stopfast.config import Transforms
 from stopfast.optim import OptimizerRecipe
 
-
 Draws = TypeVar("Draws")
 
 
