@@ -1,0 +1,1 @@
+"""Tests of stopfast; `python -m tests.mutants` shows that they can fail."""
