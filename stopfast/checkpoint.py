@@ -72,7 +72,7 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[st
         raise CheckpointError(f"expected a checkpoint folder with {MANIFEST}, got {folder}")
     try:
         manifest = json.loads(path.read_text())
-        listed = {name: entry["sha256"] for name, entry in manifest.items()}
+        listed = {name: (entry["sha256"], entry["bytes"]) for name, entry in manifest.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     found = {p.name for p in folder.iterdir()} - {MANIFEST}
@@ -81,7 +81,7 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[st
             f"{folder}: expected the files {sorted(listed)} that its manifest lists, got {sorted(found)}"
         )
     for name, expected in listed.items():
-        if _sha256(folder / name) != expected:
+        if (_sha256(folder / name), (folder / name).stat().st_size) != expected:
             raise CheckpointError(
                 f"{folder / name}: its content is not what was saved (SHA-256 differs)"
             )

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from stopfast.block import (
     Block,
     NormLayer,
-    Rows,
     init_weights,
     norm_config,
     norm_factory,
@@ -188,13 +187,12 @@ class VisionTransformer(
         x = self._embed(images, None if masks is None else as_list(masks))
         outputs = []
         for number, block in enumerate(self.blocks, start=1):
-            last: Rows | None = None
-            if number == len(self.blocks) and self.skip_unused:
-                last = rows
-            x = block(x, last)
+            last = number == len(self.blocks)
+            wanted = rows if last and self.skip_unused else None
+            x = block(x, wanted)
             if number > len(self.blocks) - K:
-                done = rows is None or last is not None
-                outputs.append(self.norm(x if done else take_rows(x, rows)))  # type: ignore[arg-type]
+                taken = x if rows is None or wanted is not None else take_rows(x, rows)
+                outputs.append(self.norm(taken))
         return outputs[0] if K == 1 else torch.stack(outputs).mean(0)
 
     def _embed(self, images: Tensor, masks: list[Tensor] | None) -> Tensor:

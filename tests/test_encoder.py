@@ -28,7 +28,12 @@ def test_position_table_axes():
     assert torch.equal(table[..., :32], table[:1, :, :32].expand(7, -1, -1))
     assert torch.equal(table[..., 32:], table[:, :1, 32:].expand(-1, 9, -1))
     omega = 10000.0 ** -(torch.arange(16, dtype=torch.float64) / 16)
-    expected = [torch.sin(3 * omega), torch.cos(3 * omega), torch.sin(5 * omega), torch.cos(5 * omega)]
+    expected = [
+        torch.sin(3 * omega),
+        torch.cos(3 * omega),
+        torch.sin(5 * omega),
+        torch.cos(5 * omega),
+    ]
     assert torch.allclose(table[5, 3], torch.cat(expected).float(), atol=1e-7)
 
 
@@ -63,7 +68,9 @@ def test_initial_weights(rescale: bool):
         factor = (2 * number) ** -0.5 if rescale else 1.0
         for name, scaled in (("attn.proj", True), ("mlp.fc2", True), ("attn.qkv", False)):
             weight = block.get_submodule(name).weight
-            assert weight.std().item() == pytest.approx(0.02 * (factor if scaled else 1.0), rel=0.02)
+            assert weight.std().item() == pytest.approx(
+                0.02 * (factor if scaled else 1.0), rel=0.02
+            )
             assert not block.get_submodule(name).bias.any()
     assert encoder.patch_embed.proj.weight.std().item() == pytest.approx(0.02, rel=0.02)
 
@@ -114,7 +121,9 @@ def test_rows(blocks: int, skip_unused: bool):
     for out in (encoder(images, K=blocks, rows=rows), encoder(images, K=blocks).gather(1, index)):
         encoder.zero_grad()
         (out * cotangent).sum().backward()
-        gradients.append([out.detach(), *(p.grad.clone() for p in encoder.parameters() if p.grad is not None)])
+        gradients.append(
+            [out.detach(), *(p.grad.clone() for p in encoder.parameters() if p.grad is not None)]
+        )
     for alone, taken in zip(*gradients, strict=True):
         assert relative_error(alone, taken) < 1e-5
 
@@ -167,7 +176,11 @@ def test_interpolation(transposed: bool):
 
 def test_other_and_oblong_images():
     encoder = small(img_size=[32, 48])
-    assert encoder.patch_embed.grid == (4, 6) and encoder(draw_images(2, 32, 48)).shape == (2, 24, 32)
+    assert encoder.patch_embed.grid == (4, 6) and encoder(draw_images(2, 32, 48)).shape == (
+        2,
+        24,
+        32,
+    )
     assert encoder(draw_images(2, 64, 32)).shape == (2, 32, 32)
     square = small()
     larger = small(img_size=[64])

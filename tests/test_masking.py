@@ -47,7 +47,11 @@ def test_last_row_and_column(edge_inclusive: bool):
 @pytest.mark.spec(3)
 @pytest.mark.parametrize(
     ("grid", "scale", "min_keep", "redraws"),
-    [((14, 14), (0.85, 1.0), 10, False), ((8, 8), (0.4, 0.5), 5, True), ((6, 10), (0.4, 0.5), 4, True)],
+    [
+        ((14, 14), (0.85, 1.0), 10, False),
+        ((8, 8), (0.4, 0.5), 5, True),
+        ((6, 10), (0.4, 0.5), 4, True),
+    ],
 )
 def test_context_leaves_out_its_targets(grid, scale, min_keep, redraws, monkeypatch):
     """Small contexts are often drawn again, so the rule is seen to hold after a redraw too."""
@@ -76,14 +80,14 @@ def test_shortest_context_is_one_more_than_min_keep():
 
 @pytest.mark.spec(3)
 def test_fallback_drops_the_last_targets():
-    """With no room beside four targets, the constraint goes from the last target on, with a warning."""
-    sampler = MultiBlockMasks(grid=(8, 8), pred_mask_scale=(0.4, 0.4), aspect_ratio=(1, 1), min_keep=40)
+    """Where contexts find no room beside all targets, the last targets stop to bind them, and it is said."""
+    sampler = MultiBlockMasks((8, 8), pred_mask_scale=(0.4, 0.4), aspect_ratio=(1, 1), min_keep=22)
     with pytest.warns(UserWarning, match="overlap"):
-        masks = sampler(8, 0)
+        masks = sampler(16, 0)
     context = covered(masks.context, 64)
-    free = [not (context & covered([target], 64)).any(1).any() for target in masks.target]
-    assert masks.context[0].shape[1] > 40
-    assert free == sorted(free, reverse=True) and not all(free)
+    met = [(context & covered([target], 64)).any(1) for target in masks.target]
+    assert masks.context[0].shape[1] > 22
+    assert not met[0].any() and met[3].any()
 
 
 def test_allow_overlap():

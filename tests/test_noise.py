@@ -11,9 +11,21 @@ from stopfast.kernels.reference import normal_pair, philox_4x32, positional_nois
 
 # Random123's known answers of philox4x32-10: counter, key, words.
 KNOWN = [
-    ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-    ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-    ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    (
+        "00000000 00000000 00000000 00000000",
+        "00000000 00000000",
+        "6627e8d5 e169c58d bc57ac4c 9b00dbd8",
+    ),
+    (
+        "ffffffff ffffffff ffffffff ffffffff",
+        "ffffffff ffffffff",
+        "408f276d 41c83b0e a20bc7c6 6d5451fd",
+    ),
+    (
+        "243f6a88 85a308d3 13198a2e 03707344",
+        "a4093822 299f31d0",
+        "d16cfe09 94fdcceb 5001e420 24126ea1",
+    ),
 ]
 
 
@@ -28,7 +40,16 @@ def test_known_answers(counter: str, key: str, expected: str):
     assert philox_4x32((c0, c1, c2, c3), (k0, k1)) == words(expected)
 
 
-def numpy_noise(seed: int, step: int, sample: int, block: int, copy: int, token: int, channel: int, context: bool) -> float:
+def numpy_noise(
+    seed: int,
+    step: int,
+    sample: int,
+    block: int,
+    copy: int,
+    token: int,
+    channel: int,
+    context: bool,
+) -> float:
     """One normal by the contract, with numpy's unsigned integers and fp64."""
     counter = [channel // 4, token | block << 16 | copy << 24 | int(context) << 31, sample, step]
     key = [seed & 0xFFFFFFFF, seed >> 32]
@@ -53,12 +74,21 @@ def test_contract(seed: int, context: bool):
     """Every coordinate goes to its own bits, in fp64 and in fp32."""
     ids = torch.tensor([3, 2**32 - 1])
     at = dict(blocks=3, copies=2, tokens=4, channels=7)
-    exact = positional_noise(torch.tensor([seed, 9]), ids, context=context, dtype=torch.float64, **at)
+    exact = positional_noise(
+        torch.tensor([seed, 9]), ids, context=context, dtype=torch.float64, **at
+    )
     single = positional_noise(torch.tensor([seed, 9]), ids, context=context, **at)
     assert exact.shape == (3, 4, 4, 7)
-    for block, copy, image, token, channel in [(0, 0, 0, 0, 0), (2, 1, 1, 3, 6), (1, 0, 1, 2, 5), (2, 1, 0, 1, 3)]:
+    for block, copy, image, token, channel in [
+        (0, 0, 0, 0, 0),
+        (2, 1, 1, 3, 6),
+        (1, 0, 1, 2, 5),
+        (2, 1, 0, 1, 3),
+    ]:
         expected = numpy_noise(seed, 9, int(ids[image]), block, copy, token, channel, context)
-        assert exact[block, copy * 2 + image, token, channel].item() == pytest.approx(expected, abs=1e-12)
+        assert exact[block, copy * 2 + image, token, channel].item() == pytest.approx(
+            expected, abs=1e-12
+        )
     assert (single - exact).abs().max() < 4e-6  # ln and the angle in fp32 near their steep ends
 
 
@@ -73,14 +103,18 @@ def test_parts_are_the_whole():
 
 def test_statistics():
     """Moments and cross-correlations of all axes; a repeated stream shows as a correlation of 1."""
-    noise = positional_noise(torch.tensor([1, 1]), torch.arange(16), 4, 2, 16, 64, dtype=torch.float64)
+    noise = positional_noise(
+        torch.tensor([1, 1]), torch.arange(16), 4, 2, 16, 64, dtype=torch.float64
+    )
     flat = noise.flatten()
     count = flat.numel()
     for power, mean, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
         z = ((flat**power).mean() - mean) / (variance / count) ** 0.5
         assert abs(z) < 5, f"moment {power}"
     assert flat.unique().numel() == count
-    other_step = positional_noise(torch.tensor([1, 2]), torch.arange(16), 4, 2, 16, 64, dtype=torch.float64)
+    other_step = positional_noise(
+        torch.tensor([1, 2]), torch.arange(16), 4, 2, 16, 64, dtype=torch.float64
+    )
     context = positional_noise(
         torch.tensor([1, 1]), torch.arange(16), 4, 2, 16, 64, context=True, dtype=torch.float64
     )
@@ -125,6 +159,13 @@ def test_uniform():
     ],
 )
 def test_bad_input(arguments: dict):
-    good = dict(seed=torch.tensor([1, 1]), sample_ids=torch.arange(1), blocks=1, copies=1, tokens=1, channels=1)
+    good = dict(
+        seed=torch.tensor([1, 1]),
+        sample_ids=torch.arange(1),
+        blocks=1,
+        copies=1,
+        tokens=1,
+        channels=1,
+    )
     with pytest.raises(ValueError, match="positional_noise: expected"):
         positional_noise(**{**good, **arguments})

@@ -8,11 +8,23 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import relative_error
-from benchmarks.published import PublishedEncoder, PublishedPredictor, published_ema, published_targets, smooth_l1
+from benchmarks.published import (
+    PublishedEncoder,
+    PublishedPredictor,
+    published_ema,
+    published_targets,
+    smooth_l1,
+)
 from stopfast import MultiBlockMasks, Predictor, VisionTransformer
 from stopfast.config import Transforms
 from stopfast.objectives.jepa import Jepa
-from stopfast.optim import OptimizerRecipe, clip_gradients, parameter_groups, set_scalars, update_teacher
+from stopfast.optim import (
+    OptimizerRecipe,
+    clip_gradients,
+    parameter_groups,
+    set_scalars,
+    update_teacher,
+)
 from stopfast.schedules import Cosine, LinearMomentum
 from stopfast.step import TrainStep
 from tests.golden_files import norm_1e6
@@ -25,7 +37,9 @@ def build(skip_unused: bool = True, masks: dict | None = None, **settings: Any) 
     checkpointing = settings.pop("checkpointing", False)
     return Jepa(
         VisionTransformer(img_size=[48], patch_size=8, checkpointing=checkpointing, **shape),
-        Predictor(num_patches=36, predictor_embed_dim=16, checkpointing=checkpointing, **shape, **noise),
+        Predictor(
+            num_patches=36, predictor_embed_dim=16, checkpointing=checkpointing, **shape, **noise
+        ),
         MultiBlockMasks(grid=(6, 6), **{"min_keep": 3, **(masks or {})}),
         transforms=Transforms(),
         **{
@@ -61,11 +75,16 @@ def test_target_encoder_follows_without_gradient():
     objective = build(momentum=lambda step: 0.996)
     before = copy.deepcopy(objective.encoder)
     update_teacher(objective.target_encoder, objective.encoder, 0.996)
-    for teacher, student in zip(objective.target_encoder.parameters(), before.parameters(), strict=True):
+    for teacher, student in zip(
+        objective.target_encoder.parameters(), before.parameters(), strict=True
+    ):
         assert torch.equal(teacher, student)  # equal ones stay as they are
     TrainStep(objective)(images(), 1)
     for teacher, old, new in zip(
-        objective.target_encoder.parameters(), before.parameters(), objective.encoder.parameters(), strict=True
+        objective.target_encoder.parameters(),
+        before.parameters(),
+        objective.encoder.parameters(),
+        strict=True,
     ):
         assert teacher.grad is None and not teacher.requires_grad
         assert torch.allclose(teacher - old, (1 - 0.996) * (new - old), atol=1e-7)
@@ -88,7 +107,9 @@ def test_groups():
     assert [group["decayed"] for group in groups] == [True, True, False, False]
     names = {id(p): n for module in (encoder, predictor) for n, p in module.named_parameters()}
     placed = {names[id(p)]: group["decayed"] for group in groups for p in group["params"]}
-    trainable = {n for m in (encoder, predictor) for n, p in m.named_parameters() if p.requires_grad}
+    trainable = {
+        n for m in (encoder, predictor) for n, p in m.named_parameters() if p.requires_grad
+    }
     assert placed.keys() == trainable
     for name, decayed in placed.items():
         assert decayed != (name.endswith("bias") or "norm" in name), name
@@ -100,10 +121,17 @@ def test_groups():
 
 
 IPE = 625
-PUBLISHED_LR = Cosine(start=2e-4, reference=8e-4, final=1e-4, warmup_steps=15 * IPE, total_steps=600 * IPE)
+PUBLISHED_LR = Cosine(
+    start=2e-4, reference=8e-4, final=1e-4, warmup_steps=15 * IPE, total_steps=600 * IPE
+)
 PUBLISHED_WD = Cosine(reference=0.04, final=0.4, total_steps=600 * IPE)
 HUGE_LR = Cosine(
-    start=2e-4, reference=1e-3, final=1e-6, warmup_steps=40 * IPE, total_steps=300 * IPE, fix_step=250 * IPE
+    start=2e-4,
+    reference=1e-3,
+    final=1e-6,
+    warmup_steps=40 * IPE,
+    total_steps=300 * IPE,
+    fix_step=250 * IPE,
 )
 HUGE_WD = Cosine(reference=0.04, final=0.4, total_steps=300 * IPE, fix_step=250 * IPE)
 
@@ -179,13 +207,21 @@ def test_skipped_work_changes_nothing(scale, target_blocks: int, checkpointing: 
         )
         # Encoder and target encoder start equal; apart, a mix-up of them shows.
         for parameter in objective.target_encoder.parameters():
-            parameter.data += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+            parameter.data += 0.02 * torch.randn(
+                parameter.shape, generator=torch.Generator().manual_seed(1)
+            )
         loss = objective.loss(images(), objective.draws(1, 8, slice(0, 8))).loss
         loss.backward()
         trained = (objective.encoder, objective.predictor)
-        results.append({"loss": loss.detach()} | {
-            f"{i}.{n}": p.grad for i, m in enumerate(trained) for n, p in m.named_parameters() if p.requires_grad
-        })
+        results.append(
+            {"loss": loss.detach()}
+            | {
+                f"{i}.{n}": p.grad
+                for i, m in enumerate(trained)
+                for n, p in m.named_parameters()
+                if p.requires_grad
+            }
+        )
     assert_close(*results, tolerance=1e-5)
 
 
@@ -235,7 +271,12 @@ def test_overflow_skips_the_whole_step():
 
 
 @pytest.mark.parametrize(
-    ("clip", "norms"), [("none", [5.0, 0.5, 10.0]), ("global", [0.446, 0.0446, 0.892]), ("per_tensor", [1.0, 0.5, 1.0])]
+    ("clip", "norms"),
+    [
+        ("none", [5.0, 0.5, 10.0]),
+        ("global", [0.446, 0.0446, 0.892]),
+        ("per_tensor", [1.0, 0.5, 1.0]),
+    ],
 )
 def test_clipping(clip: str, norms: list[float]):
     parameters = [nn.Parameter(torch.zeros(4)) for _ in norms]
@@ -248,7 +289,8 @@ def test_clipping(clip: str, norms: list[float]):
 
 def test_clipping_of_the_encoder_alone():
     encoder_only, everything = (
-        build(clip="global", clip_encoder_only=only).optimizer_recipe().clipped for only in (True, False)
+        build(clip="global", clip_encoder_only=only).optimizer_recipe().clipped
+        for only in (True, False)
     )
     assert 0 < len(encoder_only) < len(everything)
 
@@ -260,7 +302,13 @@ def test_parts_must_fit():
     with pytest.raises(ValueError, match="one grid"):
         Jepa(encoder, predictor, MultiBlockMasks(), transforms=Transforms(), **schedule)
     with pytest.raises(ValueError, match="width 32"):
-        Jepa(encoder, Predictor(36, 64, 16, 1, 2), MultiBlockMasks(grid=(6, 6), min_keep=3), transforms=Transforms(), **schedule)
+        Jepa(
+            encoder,
+            Predictor(36, 64, 16, 1, 2),
+            MultiBlockMasks(grid=(6, 6), min_keep=3),
+            transforms=Transforms(),
+            **schedule,
+        )
     with pytest.raises(ValueError, match="3 divides"):
         TrainStep(build(), accumulate=3)(images(), 1)
 
@@ -284,7 +332,9 @@ def test_foreign_loop(settings: dict):
         predictor = predictor_class(num_patches=36, predictor_embed_dim=16, **shape, **settings)
         predictor.load_state_dict(plain.state_dict())
         modules = (encoder, predictor)
-        optimizer = torch.optim.AdamW([p for m in modules for p in m.parameters() if p.requires_grad], lr=2e-3)
+        optimizer = torch.optim.AdamW(
+            [p for m in modules for p in m.parameters() if p.requires_grad], lr=2e-3
+        )
         losses = []
         for step in range(5):
             generator = torch.Generator().manual_seed(step)

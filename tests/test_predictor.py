@@ -29,7 +29,9 @@ def small(seed: int = 0, **settings: Any) -> Predictor:
     return predictor
 
 
-def inputs(contexts: int = 1, targets: int = 2, seed: int = 1) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def inputs(
+    contexts: int = 1, targets: int = 2, seed: int = 1
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     generator = torch.Generator().manual_seed(seed)
 
     def index(count: int) -> Tensor:
@@ -53,7 +55,9 @@ class Recorder:
 
         self.context_tokens: Tensor
         self.query_tokens: Tensor
-        self.ops = EAGER._replace(context_tokens=keep("context_tokens"), query_tokens=keep("query_tokens"))
+        self.ops = EAGER._replace(
+            context_tokens=keep("context_tokens"), query_tokens=keep("query_tokens")
+        )
 
 
 def queries(predictor: Predictor, **call: Any) -> Tensor:
@@ -122,7 +126,9 @@ def test_noise_moments(variant: str, std: float):
     rows = rows.detach().flatten(0, 1).double()
     weight = predictor.predictor_embed.weight.detach().double()
     expected = std**2 * weight @ weight.T
-    offset = predictor.mask_token.view(-1) if variant == "stop_paper" else predictor.predictor_embed.bias
+    offset = (
+        predictor.mask_token.view(-1) if variant == "stop_paper" else predictor.predictor_embed.bias
+    )
     deviation = (expected.diagonal() / len(rows)).sqrt()
     assert ((rows.mean(0) - offset.detach()).abs() < 5 * deviation).all()
     assert relative_error(rows.T.cov(), expected) < 0.03
@@ -238,7 +244,12 @@ def test_gradient_at_zero(tie: bool):
 @pytest.mark.spec(21)
 @pytest.mark.parametrize(
     ("settings", "used"),
-    [({}, True), ({"apply_stop": True}, False), ({"apply_stop": False}, False), ({"variant": "stop_paper"}, True)],
+    [
+        ({}, True),
+        ({"apply_stop": True}, False),
+        ({"apply_stop": False}, False),
+        ({"variant": "stop_paper"}, True),
+    ],
 )
 def test_mask_token(settings: dict, used: bool):
     """Only where queries have it is it trainable; it never touches the context."""
@@ -256,7 +267,8 @@ def test_mask_token(settings: dict, used: bool):
     assert torch.equal(predictor(x, masks_x, masks, seed=1), out) != used
     assert torch.equal(recorder.context_tokens, context)
     assert ("mask_token" in predictor.state_dict()) and (
-        ("predictor_embed.bias" in predictor.state_dict()) == (settings.get("variant") != "stop_paper")
+        ("predictor_embed.bias" in predictor.state_dict())
+        == (settings.get("variant") != "stop_paper")
     )
 
 
@@ -293,7 +305,10 @@ def test_weight_is_shared():
 def test_costs_change_nothing(depth: int, skip_unused: bool, checkpointing: bool):
     """Recomputation and skipped work leave the loss and every gradient as they are."""
     results = []
-    for settings in ({"skip_unused": False}, {"skip_unused": skip_unused, "checkpointing": checkpointing}):
+    for settings in (
+        {"skip_unused": False},
+        {"skip_unused": skip_unused, "checkpointing": checkpointing},
+    ):
         predictor = small(apply_stop=True, apply_to="both", depth=depth, **settings)
         x, masks_x, masks = inputs(contexts=2)
         x.requires_grad_()
@@ -333,8 +348,7 @@ def test_autocast(dtype: torch.dtype):
 def test_noise_switches(settings: dict, channels: int):
     """Each switch makes the queries it says, from draws of its own width."""
     predictor = small(**{"apply_stop": None if "variant" in settings else True, **settings})
-    x, masks_x, masks = inputs()
-    noise = [torch.randn(B, KY, channels) for _ in masks]
+    noise = [torch.randn(B, KY, channels) for _ in range(2)]
     got = queries(predictor, noise=noise)
     weight = None if settings.get("cov") == "fixed" else predictor.predictor_embed.weight
     if predictor.noise_embed is not None:
@@ -392,7 +406,10 @@ def test_bad_input(change, message: str):
         small(apply_stop=True)(*arguments, **call)
 
 
-@pytest.mark.parametrize("settings", [{}, {"variant": "stop_paper", "noise_var": 0.3}, {"cov": "fixed", "apply_stop": True}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"variant": "stop_paper", "noise_var": 0.3}, {"cov": "fixed", "apply_stop": True}],
+)
 def test_saved_and_loaded(settings: dict, tmp_path):
     predictor = small(**settings)
     predictor.save_pretrained(tmp_path)

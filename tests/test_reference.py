@@ -15,7 +15,9 @@ def draw(*shape: int, grad: bool = True) -> Tensor:
 
 
 def index(*shape: int) -> Tensor:
-    return torch.stack([torch.randperm(N)[: shape[-1]] for _ in range(torch.Size(shape[:-1]).numel())]).view(shape)
+    return torch.stack(
+        [torch.randperm(N)[: shape[-1]] for _ in range(torch.Size(shape[:-1]).numel())]
+    ).view(shape)
 
 
 def cases() -> dict:
@@ -40,7 +42,9 @@ def cases() -> dict:
         ),
         "linear_gelu": (reference.linear_gelu, (draw(3, D), draw(P, D), draw(P))),
         "target_smooth_l1": (
-            lambda prediction: reference.target_smooth_l1(prediction, draw(B, N, D, grad=False).fill_(1.0) * torch.arange(D), places),
+            lambda prediction: reference.target_smooth_l1(
+                prediction, draw(B, N, D, grad=False).fill_(1.0) * torch.arange(D), places
+            ),
             (draw(M * E * B, KY, D),),
         ),
     }
@@ -75,7 +79,10 @@ def test_attention_by_softmax():
 
 
 @pytest.mark.spec(12)
-@pytest.mark.parametrize(("distance", "expected"), [(0.0, 0.0), (0.4, 0.08), (-0.4, 0.08), (1.0, 0.5), (3.0, 2.5), (-3.0, 2.5)])
+@pytest.mark.parametrize(
+    ("distance", "expected"),
+    [(0.0, 0.0), (0.4, 0.08), (-0.4, 0.08), (1.0, 0.5), (3.0, 2.5), (-3.0, 2.5)],
+)
 def test_loss_is_smooth_l1(distance: float, expected: float):
     torch.manual_seed(0)
     features, places = draw(B, N, D, grad=False), index(M, B, KY)
@@ -93,8 +100,12 @@ def test_targets_are_normed_per_token():
     prediction = draw(M * B, KY, 64)
     loss = reference.target_smooth_l1(prediction, features, places)
     moved = features * 7 + torch.randn(B, N, 1, dtype=torch.float64)
-    assert reference.target_smooth_l1(prediction, moved, places).item() == pytest.approx(loss.item(), rel=1e-4)
-    far = torch.full_like(prediction, 100.0)  # beyond 1 the loss is linear: it tells the mean target
+    assert reference.target_smooth_l1(prediction, moved, places).item() == pytest.approx(
+        loss.item(), rel=1e-4
+    )
+    far = torch.full_like(
+        prediction, 100.0
+    )  # beyond 1 the loss is linear: it tells the mean target
     assert reference.target_smooth_l1(far, features, places).item() == pytest.approx(99.5, abs=1e-9)
     rows = features[torch.arange(B)[:, None], places[0]]
     unit = (rows - rows.mean(-1, keepdim=True)) / rows.var(-1, unbiased=False, keepdim=True).sqrt()

@@ -1,0 +1,96 @@
+"""The state of a training run on disk: what a checkpoint holds, and what may differ on the way back."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stopfast import __version__
+from stopfast.checkpoint import (
+    CheckpointError,
+    flatten_state,
+    load_checkpoint,
+    load_weights,
+    newest_checkpoint,
+    save_checkpoint,
+    unflatten_state,
+)
+from stopfast.config import Config, to_document
+from stopfast.objectives import Objective
+from stopfast.step import TrainStep
+
+_FREE = {
+    "run": ("output", "resume", "dry_run", "device", "log_every"),
+    "data": ("threads",),
+}
+"""Settings that do not change what a run computes, by section; a resume may change them."""
+
+
+def save_run(
+    output: Path, config: Config, objective: Objective[Any], step: TrainStep, done: int
+) -> Path:
+    """Write ``output/step-<done>``: weights, optimiser, settings and versions; return its path.
+
+    Raises:
+        FloatingPointError: weights that are not finite, which nothing could go on from.
+    """
+    weights = {
+        f"{name}.{key}": value
+        for name, module in objective.modules().items()
+        for key, value in module.state_dict().items()
+    }
+    spoilt = [name for name, value in weights.items() if not torch.isfinite(value).all()]
+    if spoilt:
+        raise FloatingPointError(
+            f"step {done}: {len(spoilt)} weights are not finite, {spoilt[0]} first"
+        )
+    tensors, rest = flatten_state(step.state_dict())
+    path = output / f"step-{done:07d}"
+    save_checkpoint(
+        path,
+        {"model": weights, "optimizer": tensors},
+        {
+            "config": to_document(config),
+            "state": {"step": done, "optimizer": rest},
+            "versions": {"stopfast": __version__, "torch": torch.__version__},
+        },
+    )
+    return path
+
+
+def load_run(
+    output: Path, config: Config, objective: Objective[Any], step: TrainStep
+) -> tuple[Path, int]:
+    """Load the newest checkpoint of a run; return its path and the steps that it has done.
+
+    Raises:
+        CheckpointError: none there, an altered one, or one of other settings.
+    """
+    path = newest_checkpoint(output)
+    tensors, documents = load_checkpoint(path)
+    different = _differences(documents["config"], to_document(config))
+    if different:
+        raise CheckpointError(
+            f"{path}: expected the settings that it was made with, got other {', '.join(different)}"
+        )
+    for name, module in objective.modules().items():
+        prefix = f"{name}."
+        state = {
+            k.removeprefix(prefix): v for k, v in tensors["model"].items() if k.startswith(prefix)
+        }
+        load_weights(module, state, f"{path}, {name}")
+    step.load_state_dict(unflatten_state(tensors["optimizer"], documents["state"]["optimizer"]))
+    return path, documents["state"]["step"]
+
+
+def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """Names of the settings that differ, but for those that may."""
+    different = []
+    for section, values in wanted.items():
+        before = saved.get(section)
+        if not isinstance(values, dict) or not isinstance(before, dict):
+            different += [section] if before != values else []
+            continue
+        names = sorted((values.keys() | before.keys()) - set(_FREE.get(section, ())))
+        different += [f"{section}.{n}" for n in names if values.get(n) != before.get(n)]
+    return different
