@@ -4,7 +4,7 @@ ViT-B shapes in fp32 on the CPU. Nothing is timed unless output and every gradie
 agree with the published arm. Goal: 1.5 times the published arm.
 
 `published` is what each program does, and they differ: StoP recomputes attention and MLP of every
-block in the backward, I-JEPA never does. Each mode has the other choice as an arm of its own, and
+block in the backward, I-JEPA never does. Each mode has the other choices as arms of their own, and
 the strongest opponent: no recomputation and fused library attention.
 """
 
@@ -25,6 +25,7 @@ PATCHES, WIDTH = 196, 768  # ViT-B/16 at 224; the predictor's own sizes are its 
 TOLERANCE = 1e-4
 GOAL = 1.5
 OURS, THEIRS = "stopfast", "published"
+CHOICES = {"none": "not recomputing", "full": "recomputing", "early": "recomputing, early stop"}
 MODES: dict[str, bool | None] = {"I-JEPA": None, "StoP": True}
 
 
@@ -79,11 +80,11 @@ def build_arms(mode: str) -> dict[str, nn.Module]:
     torch.manual_seed(0)
     shared = {"norm_layer": partial(nn.LayerNorm, eps=1e-6), "apply_stop": apply_stop}
     published = partial(PublishedPredictor, PATCHES, WIDTH, **shared)
-    recomputes = mode == "StoP"
-    other = "not recomputing" if recomputes else "recomputing"
+    program, other = ("full", "none") if mode == "StoP" else ("none", "full")
     arms: dict[str, nn.Module] = {
-        THEIRS: published(checkpointing=recomputes),
-        other: published(checkpointing=not recomputes),
+        THEIRS: published(checkpointing=program),
+        CHOICES[other]: published(checkpointing=other),
+        CHOICES["early"]: published(checkpointing="early"),
         "SDPA, not recomputing": published(sdpa=True),
         OURS: Predictor(PATCHES, WIDTH, **shared),
     }

@@ -7,7 +7,9 @@ costs are switches, so that a benchmark can say what each is worth:
 - `sdpa=False`: attention builds the softmax matrix (and returns it, unused);
 - `repeat_tables=True`: the position table is copied for every image before it is gathered;
 - `checkpointing`: attention and MLP of every block are recomputed in the backward. The StoP
-  program always does this, the I-JEPA program never.
+  program always does this, the I-JEPA program never. `"full"` recomputes all of both, as torch's
+  checkpoint did by default when the program was published; `"early"` is torch's later kind, which
+  stops once every saved tensor is back and so spares the last product of each.
 
 The rest is structure: the context is copied once per target block, and every token goes through
 every block. An index is expanded to full width as a view, which is the cheaper reading.
@@ -16,6 +18,7 @@ every block. An index is expanded to full width as a view, which is the cheaper 
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 NormLayer = Callable[[int], nn.Module]
+Checkpointing = Literal["none", "full", "early"]
 layer_norm_1e6 = partial(nn.LayerNorm, eps=1e-6)
 
 
@@ -97,7 +101,7 @@ class Block(nn.Module):
         *,
         qkv_bias: bool,
         sdpa: bool,
-        checkpointing: bool,
+        checkpointing: Checkpointing,
     ) -> None:
         super().__init__()
         self.checkpointing = checkpointing
@@ -108,8 +112,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         run = nn.Module.__call__
-        if self.checkpointing:
-            run = partial(checkpoint, use_reentrant=False)
+        if self.checkpointing != "none":
+            run = partial(checkpoint, use_reentrant=self.checkpointing == "full")
         mixed, _ = run(self.attn, self.norm1(x))
         x = x + mixed
         return x + run(self.mlp, self.norm2(x))
@@ -151,7 +155,7 @@ class PublishedEncoder(nn.Module):
         norm_layer: NormLayer = layer_norm_1e6,
         *,
         sdpa: bool = False,
-        checkpointing: bool = False,
+        checkpointing: Checkpointing = "none",
     ) -> None:
         super().__init__()
         self.embed_dim, self.num_heads = embed_dim, num_heads
@@ -202,7 +206,7 @@ class PublishedPredictor(nn.Module):
         *,
         sdpa: bool = False,
         repeat_tables: bool = True,
-        checkpointing: bool = False,
+        checkpointing: Checkpointing = "none",
     ) -> None:
         super().__init__()
         width = predictor_embed_dim

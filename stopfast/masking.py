@@ -179,15 +179,19 @@ class MultiBlockMasks:
         tables = self._tables(target, places.device), self._tables(context, places.device)
         targets, contexts = places[seen].split([self.npred, self.nenc], dim=1)
         binding = 0 if self.allow_overlap else self.npred
-        member = tables[1].cover[contexts] & self._free(tables[0], targets, binding)[:, None]
-        kept = int(member.sum(-1, dtype=torch.int32).min())
+        member = tables[1].without(contexts, self._covered(tables[0], targets, binding))
+        rank = member.cumsum(-1, dtype=torch.int16)
+        kept = int(rank[..., -1].min())
         if kept <= self.min_keep:
-            member, kept = self._redraw(
+            member, rank, kept = self._redraw(
                 member, tables, targets, context, batch_size, iteration, seen
             )
         if self.truncate_over == "global":
-            member = member[part]
-        index = self._truncate(member, kept, batch_size, iteration, part)
+            member, rank = member[part], rank[part]
+        if self.truncate == "first":
+            index = _positions(member & (rank <= kept), kept)
+        else:
+            index = self._random_subset(member, kept, batch_size, iteration, part)
         raster = places[part, : self.npred, None] + tables[0].inside
         return Masks(list(index.unbind(1)), list(raster.unbind(1)))
 
@@ -210,13 +214,13 @@ class MultiBlockMasks:
         return self._known[block, device]
 
     @staticmethod
-    def _free(table: "_Tables", targets: Tensor, binding: int) -> Tensor:
-        """Which patches the first ``binding`` targets leave free: bool [B, N]."""
-        covered = table.cover.new_zeros(table.cover.shape[1])
+    def _covered(table: "_Tables", targets: Tensor, binding: int) -> Tensor:
+        """What the first ``binding`` targets of each image cover: words [B, W]."""
+        covered = table.words.new_zeros(len(targets), table.words.shape[1])
         # A loop over the few masks is faster than a reduction over an axis of that length.
         for places in targets[:, :binding].unbind(1):
-            covered = covered | table.cover[places]
-        return ~covered.expand(len(targets), -1)
+            covered |= table.words[places]
+        return covered
 
     def _redraw(
         self,
@@ -227,8 +231,11 @@ class MultiBlockMasks:
         batch_size: int,
         iteration: int,
         seen: slice,
-    ) -> tuple[Tensor, int]:
-        """Draw the contexts that are too small again, until none is."""
+    ) -> tuple[Tensor, Tensor, int]:
+        """Draw the contexts that are too small again, until none is.
+
+        Returns the patches of each context, their running count, and the shortest context's length.
+        """
         for attempt in range(1, _FAILURES_PER_TRY * self.npred + 1):
             dropped, failures = divmod(attempt, _FAILURES_PER_TRY)
             if dropped and not failures:
@@ -238,23 +245,19 @@ class MultiBlockMasks:
                     stacklevel=3,
                 )
             places = self._places(batch_size, iteration, attempt, [context] * self.nenc)[seen]
-            free = self._free(tables[0], targets, self.npred - dropped)
-            drawn = tables[1].cover[places.to(member.device)] & free[:, None]
+            covered = self._covered(tables[0], targets, self.npred - dropped)
+            drawn = tables[1].without(places.to(member.device), covered)
             member = torch.where(member.sum(-1, keepdim=True) <= self.min_keep, drawn, member)
-            kept = int(member.sum(-1).min())
+            rank = member.cumsum(-1, dtype=torch.int16)
+            kept = int(rank[..., -1].min())
             if kept > self.min_keep:
-                return member, kept
+                return member, rank, kept
         raise AssertionError("an unconstrained context is larger than min_keep")
 
-    def _truncate(
+    def _random_subset(
         self, member: Tensor, kept: int, batch_size: int, iteration: int, part: slice
     ) -> Tensor:
-        """Positions of ``kept`` patches of each context, ascending: [B, E, N] to [B, E, kept]."""
-        if self.truncate == "first":
-            first = member & (member.cumsum(-1, dtype=torch.int16) <= kept)
-            positions = first.numel() // first.shape[-1]
-            base = torch.arange(positions, device=member.device) * member.shape[-1]
-            return _flat_nonzero(first).view(*member.shape[:2], kept) - base.view(-1, self.nenc, 1)
+        """Positions of ``kept`` patches of each context at random, ascending: [B, E, kept]."""
         generator = self._generator(iteration, _KEEP_STREAM)
         keys = generator.random((batch_size, *member.shape[1:]), dtype=np.float32)[part]
         ranked = torch.from_numpy(keys).to(member.device).masked_fill_(~member, -1.0)
@@ -264,8 +267,9 @@ class MultiBlockMasks:
 class _Tables(NamedTuple):
     """A block of one size at every place of the grid."""
 
-    cover: Tensor
-    """bool [N, N]: whether the block at the first position covers the second."""
+    words: Tensor
+    """int64 [N, W]: eight patches a word, each a byte that is 1 where the block at that place covers it.
+    Words are an eighth of the work of single patches; the last one is filled up with zeros."""
     inside: Tensor
     """int64 [height * width]: the block's positions, counted from its top left one."""
 
@@ -274,15 +278,24 @@ class _Tables(NamedTuple):
         index = torch.arange(grid[0] * grid[1], device=device)
         row, column = (axis[None] - axis[:, None] for axis in (index // grid[1], index % grid[1]))
         cover = (row >= 0) & (row < block[0]) & (column >= 0) & (column < block[1])
+        cover = torch.nn.functional.pad(cover, (0, -len(index) % 8))
         rows = torch.arange(block[0], device=device) * grid[1]
-        return cls(cover, (rows[:, None] + torch.arange(block[1], device=device)).flatten())
+        inside = (rows[:, None] + torch.arange(block[1], device=device)).flatten()
+        return cls(cover.view(torch.int64), inside)
+
+    def without(self, places: Tensor, covered: Tensor) -> Tensor:
+        """Patches of blocks at places [B, E], less what is covered [B, W]: bool [B, E, 8 * W]."""
+        return (self.words[places] & ~covered[:, None]).view(torch.bool)
 
 
-def _flat_nonzero(mask: Tensor) -> Tensor:
-    """``mask.flatten().nonzero()`` as one axis; on the CPU numpy's is six times as fast as torch's."""
-    if mask.device.type == "cpu":
-        return torch.from_numpy(np.flatnonzero(mask.numpy()))
-    return mask.flatten().nonzero()[:, 0]
+def _positions(mask: Tensor, count: int) -> Tensor:
+    """Where each row of a mask [B, E, N] is true, which is ``count`` times: int64 [B, E, count]."""
+    if mask.device.type == "cpu":  # numpy's is six times as fast as torch's
+        flat = torch.from_numpy(np.flatnonzero(mask.numpy()))
+    else:
+        flat = mask.flatten().nonzero()[:, 0]
+    row = torch.arange(mask.shape[0] * mask.shape[1], device=mask.device) * mask.shape[2]
+    return flat.view(*mask.shape[:2], count) - row.view(*mask.shape[:2], 1)
 
 
 class MaskCollator:

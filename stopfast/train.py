@@ -123,6 +123,6 @@ def _steps(
                 f"{meter.report(last_step - number)}{skipped}"
             )
         yield number
-        if stopping:
+        if request.received is not None and stopping:
             console.print(f"stopped by {request.received.name}; --run.resume goes on")
             return

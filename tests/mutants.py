@@ -64,7 +64,7 @@ MUTANTS = (
         "if kept <= self.min_keep:",
         "if kept < self.min_keep:",
     ),
-    Mutant(3, "wrong complement", MASKING, "return ~covered", "return covered"),
+    Mutant(3, "wrong complement", MASKING, "& ~covered", "& covered"),
     Mutant(
         3,
         "first targets dropped first",
@@ -76,7 +76,7 @@ MUTANTS = (
         4,
         "last patches kept",
         MASKING,
-        "member.cumsum(-1, dtype=torch.int16)",
+        "member & (rank <= kept)",
         "member.flip(-1).cumsum(-1, dtype=torch.int16).flip(-1)",
     ),
     Mutant(

@@ -80,7 +80,7 @@ def test_shortest_context_is_one_more_than_min_keep():
 
 @pytest.mark.spec(3)
 def test_fallback_drops_the_last_targets():
-    """Where contexts find no room beside all targets, the last targets stop to bind them, and it is said."""
+    """Where contexts find no room beside all targets, the last targets bind them no more."""
     sampler = MultiBlockMasks((8, 8), pred_mask_scale=(0.4, 0.4), aspect_ratio=(1, 1), min_keep=22)
     with pytest.warns(UserWarning, match="overlap"):
         masks = sampler(16, 0)

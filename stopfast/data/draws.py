@@ -53,13 +53,17 @@ def random_boxes(
     low, high = (math.log(ratio) for ratio in transforms.crop_ratio)
     ratio = np.exp(low + uniform[..., 1] * (high - low))
     crop = np.stack([np.rint(np.sqrt(area / ratio)), np.rint(np.sqrt(area * ratio))], axis=-1)
-    fits: np.ndarray = (crop[..., 0] <= height) & (crop[..., 1] <= width) & (crop > 0).all(-1)
+    fits = (crop[..., 0] <= height) & (crop[..., 1] <= width) & np.all(crop > 0, axis=-1)
     first = fits.argmax(1)
     rows = np.arange(len(ids))
-    size = np.where(fits.any(1)[:, None], crop[rows, first], _largest_crop(sizes, transforms))
+    size = np.where(
+        np.any(fits, axis=1, keepdims=True), crop[rows, first], _largest_crop(sizes, transforms)
+    )
     room = sizes - size + 1
     place = np.where(
-        fits.any(1)[:, None], np.floor(uniform[rows, first, 2:] * room), (sizes - size) // 2
+        np.any(fits, axis=1, keepdims=True),
+        np.floor(uniform[rows, first, 2:] * room),
+        (sizes - size) // 2,
     )
     mirrored = EAGER.uniform(key, ids, 1, _FLIP).numpy()[:, 0] < transforms.flip
     return Boxes(place.astype(np.int32), size.astype(np.int32), mirrored.astype(np.int32))
