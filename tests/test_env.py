@@ -59,9 +59,8 @@ def install(tmp_path, monkeypatch):
     outside = [
         entry for entry in sys.path if not entry.endswith(("site-packages", "dist-packages"))
     ]
-    monkeypatch.setattr(sys, "path", outside)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *outside])
     monkeypatch.setattr(sys, "meta_path", [f for f in sys.meta_path if "editable" not in repr(f)])
-    monkeypatch.syspath_prepend(tmp_path)
 
     def write(files: dict[str, str]) -> None:
         for path, text in files.items():
