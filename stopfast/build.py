@@ -1,6 +1,8 @@
 """From settings to the objects they describe."""
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -26,6 +28,14 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw from a seed inside, and leave torch's generators as they were."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
 def build_encoder(config: Config) -> VisionTransformer:
     """Return the encoder of these settings, initialised from torch's generator."""
     model = config.model
@@ -46,23 +56,23 @@ def build_encoder(config: Config) -> VisionTransformer:
 def build_objective(config: Config, steps_per_epoch: int) -> Jepa:
     """Return the objective of these settings, its weights drawn from the run's seed."""
     model, optim = config.model, config.optim
-    torch.manual_seed(config.run.seed)
-    encoder = build_encoder(config)
     grid = image_grid(config.data.transforms.size, model.patch_size)
-    predictor = Predictor(
-        num_patches=grid[0] * grid[1],
-        embed_dim=model.embed_dim,
-        predictor_embed_dim=model.predictor_embed_dim,
-        depth=model.predictor_depth,
-        num_heads=model.num_heads,
-        mlp_ratio=model.mlp_ratio,
-        norm_layer=published_norm,
-        grid_size=grid,
-        init_rescale=model.init_rescale,
-        checkpointing=config.step.checkpointing,
-        ops=config.step.ops,
-        **dataclasses.asdict(config.noise),
-    )
+    with seeded(config.run.seed):
+        encoder = build_encoder(config)
+        predictor = Predictor(
+            num_patches=grid[0] * grid[1],
+            embed_dim=model.embed_dim,
+            predictor_embed_dim=model.predictor_embed_dim,
+            depth=model.predictor_depth,
+            num_heads=model.num_heads,
+            mlp_ratio=model.mlp_ratio,
+            norm_layer=published_norm,
+            grid_size=grid,
+            init_rescale=model.init_rescale,
+            checkpointing=config.step.checkpointing,
+            ops=config.step.ops,
+            **dataclasses.asdict(config.noise),
+        )
     masks = MultiBlockMasks(grid=grid, seed=config.run.seed, **dataclasses.asdict(config.mask))
     total = int(optim.ipe_scale * optim.epochs * steps_per_epoch)
 

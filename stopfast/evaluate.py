@@ -15,8 +15,9 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
-from stopfast.build import build_encoder, choose_device
+from stopfast.build import build_encoder, choose_device, seeded
 from stopfast.checkpoint import load_checkpoint, load_weights, newest_checkpoint
 from stopfast.config import Config, from_document
 from stopfast.data.folder import ImageFolder, scan_folder, split_folder
@@ -25,6 +26,7 @@ from stopfast.encoder import VisionTransformer
 
 Which = Literal["target_encoder", "encoder"]
 _UNTRAINED, _PIXELS = "untrained", "raw pixels"
+_PIXEL_SIDE = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +56,8 @@ def evaluate_checkpoint(
     """Classify ``data``'s test images from features of its training images.
 
     A feature is the mean over patches of the encoder's normed output. kNN takes the 20 nearest by cosine,
-    weighted by closeness; linear is a logistic regression on standardised features.
+    weighted by closeness; linear is a logistic regression on standardised features. Raw pixels are those
+    of the image, averaged down to 32 a side where there are more.
 
     Raises:
         ValueError: a checkpoint or a folder that cannot be used.
@@ -74,8 +77,8 @@ def evaluate_checkpoint(
             f"got {train.classes} and {test.classes}"
         )
     where = choose_device(device)
-    torch.manual_seed(config.run.seed)
-    untrained = build_encoder(config)  # the weights that the run began with
+    with seeded(config.run.seed):
+        untrained = build_encoder(config)  # the weights that the run began with
     trained = build_encoder(config)
     prefix = f"{which}."
     weights = {
@@ -169,5 +172,7 @@ def _features(
     for batch in batches:
         for name, encoder in encoders.items():
             rows[name].append(encoder(batch.images).mean(1).float().cpu())
-        rows[_PIXELS].append(batch.images.flatten(1).cpu())
+        # Large photographs would make more columns than a logistic regression can take.
+        side = [min(_PIXEL_SIDE, length) for length in batch.images.shape[2:]]
+        rows[_PIXELS].append(adaptive_avg_pool2d(batch.images, side).flatten(1).cpu())
     return {name: torch.cat(parts).numpy() for name, parts in rows.items()}
