@@ -166,7 +166,8 @@ class Block(nn.Module):
         blocks = queries.shape[0] // context.shape[0]
 
         def pack(shared: Tensor, own: Tensor) -> Tensor:
-            return torch.cat([shared.repeat(blocks, 1, 1), own], dim=1)
+            repeated = shared.expand(blocks, *shared.shape)  # a view: only the result is written
+            return torch.cat([repeated, own.unflatten(0, (blocks, -1))], dim=2).flatten(0, 1)
 
         shared, own = self.attn.qkv(self.norm1(context)), self.attn.qkv(self.norm1(queries))
         if not queries_only:
