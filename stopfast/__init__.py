@@ -7,10 +7,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from stopfast.checkpoint import load_published
     from stopfast.encoder import VisionTransformer
     from stopfast.masking import MaskCollator, MultiBlockMasks
     from stopfast.predictor import Predictor
+    from stopfast.published import load_published
 
 __version__ = "0.1.0"
 __all__ = ["MaskCollator", "MultiBlockMasks", "Predictor", "VisionTransformer", "load_published"]
@@ -20,7 +20,7 @@ _HOME = {
     "MultiBlockMasks": "stopfast.masking",
     "Predictor": "stopfast.predictor",
     "VisionTransformer": "stopfast.encoder",
-    "load_published": "stopfast.checkpoint",
+    "load_published": "stopfast.published",
 }
 
 

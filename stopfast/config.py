@@ -175,6 +175,8 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     log_every: int = 50
     """Steps between two printed lines."""
+    checkpoint_every: int = 1000
+    """Steps between two checkpoints; the newest two are kept."""
     resume: bool = False
     """Go on from the newest checkpoint in ``output``."""
     dry_run: bool = False
@@ -183,6 +185,10 @@ class RunConfig:
     def __post_init__(self) -> None:
         _require(0 <= self.seed < 2**63, f"expected seed in 0..2**63-1, got {self.seed}")
         _require(self.log_every > 0, f"expected log_every > 0, got {self.log_every}")
+        _require(
+            self.checkpoint_every > 0,
+            f"expected checkpoint_every > 0, got {self.checkpoint_every}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

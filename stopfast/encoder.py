@@ -1,21 +1,20 @@
 """The vision transformer of I-JEPA and StoP: no class token, fixed positions, maskable input."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from stopfast.block import (
     Block,
     NormLayer,
     init_weights,
-    norm_config,
     norm_factory,
     require_zero,
     take_rows,
 )
+from stopfast.hub import HubMixin
 from stopfast.kernels.ops import Ops, resolve_ops
 from stopfast.pos_embed import Grid, interpolate_pos_embed, sincos_pos_embed
 
@@ -80,13 +79,7 @@ class PatchEmbed(nn.Module):
         return nn.functional.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
-class VisionTransformer(
-    nn.Module,
-    PyTorchModelHubMixin,
-    library_name="stopfast",
-    license="apache-2.0",
-    tags=["self-supervised-learning", "i-jepa", "stop"],
-):
+class VisionTransformer(nn.Module, HubMixin):
     """Encoder with the arguments, call and state_dict of the published I-JEPA and StoP encoders.
 
     ``predictor_embed_dim`` and ``predictor_depth`` are accepted and unused, as published. Beyond the
@@ -151,13 +144,7 @@ class VisionTransformer(
         )
         self.norm = norm(embed_dim)
         init_weights(self, self.blocks, init_std, init_rescale)
-        if isinstance(self._hub_mixin_config, dict):
-            self._hub_mixin_config["norm_layer"] = norm_config(self.norm)
-
-    @classmethod
-    def _from_pretrained(cls, *, strict: bool = True, **kwargs: Any) -> Self:  # noqa: ANN401
-        # The hub's default is a lenient load, which leaves missing weights random without a word.
-        return super()._from_pretrained(strict=strict, **kwargs)  # type: ignore[misc]
+        self._remember_norm(self.norm)
 
     def forward(
         self,

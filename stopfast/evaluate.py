@@ -173,6 +173,6 @@ def _features(
         for name, encoder in encoders.items():
             rows[name].append(encoder(batch.images).mean(1).float().cpu())
         # Large photographs would make more columns than a logistic regression can take.
-        side = [min(_PIXEL_SIDE, length) for length in batch.images.shape[2:]]
-        rows[_PIXELS].append(adaptive_avg_pool2d(batch.images, side).flatten(1).cpu())
+        height, width = (min(_PIXEL_SIDE, side) for side in batch.images.shape[2:])
+        rows[_PIXELS].append(adaptive_avg_pool2d(batch.images, (height, width)).flatten(1).cpu())
     return {name: torch.cat(parts).numpy() for name, parts in rows.items()}

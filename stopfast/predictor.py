@@ -1,21 +1,20 @@
 """The predictor of I-JEPA and StoP: from context features to the features at queried positions."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, get_args
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from stopfast.block import (
     Block,
     NormLayer,
     init_weights,
-    norm_config,
     norm_factory,
     require_zero,
 )
 from stopfast.encoder import Masks, as_list
+from stopfast.hub import HubMixin
 from stopfast.kernels.ops import Ops, resolve_ops
 from stopfast.pos_embed import Grid, interpolate_pos_embed, sincos_pos_embed, square_grid
 
@@ -32,13 +31,7 @@ def _choose(name: str, value: str, choices: object) -> None:
         raise ValueError(f"expected {name} in {get_args(choices)}, got {value!r}")
 
 
-class Predictor(
-    nn.Module,
-    PyTorchModelHubMixin,
-    library_name="stopfast",
-    license="apache-2.0",
-    tags=["self-supervised-learning", "i-jepa", "stop"],
-):
+class Predictor(nn.Module, HubMixin):
     """Predictor with the arguments, call and state_dict of the published programs.
 
     ``apply_stop=None`` is I-JEPA (query = mask token + position), True is StoP (position + noise through
@@ -152,13 +145,7 @@ class Predictor(
         self.predictor_norm = norm(predictor_embed_dim)
         self.predictor_proj = nn.Linear(predictor_embed_dim, embed_dim)
         init_weights(self, self.predictor_blocks, init_std, init_rescale)
-        if isinstance(self._hub_mixin_config, dict):
-            self._hub_mixin_config["norm_layer"] = norm_config(self.predictor_norm)
-
-    @classmethod
-    def _from_pretrained(cls, *, strict: bool = True, **kwargs: Any) -> Self:  # noqa: ANN401
-        # The hub's default is a lenient load, which leaves missing weights random without a word.
-        return super()._from_pretrained(strict=strict, **kwargs)  # type: ignore[misc]
+        self._remember_norm(self.predictor_norm)
 
     def forward(
         self,

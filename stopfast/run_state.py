@@ -1,5 +1,6 @@
 """The state of a training run on disk: what a checkpoint holds, and what may differ on the way back."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from stopfast.checkpoint import (
     load_weights,
     newest_checkpoint,
     save_checkpoint,
+    step_checkpoints,
     unflatten_state,
 )
 from stopfast.config import Config, to_document
@@ -20,10 +22,13 @@ from stopfast.objectives import Objective
 from stopfast.step import TrainStep
 
 _FREE = {
-    "run": ("output", "resume", "dry_run", "device", "log_every"),
+    "run": ("output", "resume", "dry_run", "device", "log_every", "checkpoint_every"),
     "data": ("threads",),
 }
 """Settings that do not change what a run computes, by section; a resume may change them."""
+
+
+_KEPT = 2
 
 
 def save_run(
@@ -31,9 +36,14 @@ def save_run(
 ) -> Path:
     """Write ``output/step-<done>``: weights, optimiser, settings and versions; return its path.
 
+    The newest two checkpoints of the run are kept, the others removed. One that is there is left as it is.
+
     Raises:
         FloatingPointError: weights that are not finite, which nothing could go on from.
     """
+    path = output / f"step-{done:07d}"
+    if path.exists():
+        return path
     weights = {
         f"{name}.{key}": value
         for name, module in objective.modules().items()
@@ -45,7 +55,6 @@ def save_run(
             f"step {done}: {len(spoilt)} weights are not finite, {spoilt[0]} first"
         )
     tensors, rest = flatten_state(step.state_dict())
-    path = output / f"step-{done:07d}"
     save_checkpoint(
         path,
         {"model": weights, "optimizer": tensors},
@@ -55,6 +64,8 @@ def save_run(
             "versions": {"stopfast": __version__, "torch": torch.__version__},
         },
     )
+    for older in step_checkpoints(output)[:-_KEPT]:
+        shutil.rmtree(older)
     return path
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from stopfast.build import build_objective, choose_device
+from stopfast.checkpoint import step_checkpoints
 from stopfast.config import Config
 from stopfast.data.digits import digits_folder
 from stopfast.data.folder import ImageFolder, scan_folder, split_folder
@@ -39,7 +40,7 @@ def pretrain(config: Config, console: Console) -> Path:
     )
     last_step = config.optim.epochs * plan.steps_per_epoch
     done = 0
-    if config.run.resume or any(output.glob("step-*")):
+    if config.run.resume or step_checkpoints(output):
         path, done = load_run(output, config, objective, step)
         if done >= last_step:
             console.print(f"finished before: {path}")
@@ -59,6 +60,8 @@ def pretrain(config: Config, console: Console) -> Path:
         try:
             for number in _steps(config, console, step, folder, plan, done + 1, request):
                 done = number
+                if done % config.run.checkpoint_every == 0 and done < last_step:
+                    save_run(output, config, objective, step, done)
         except FloatingPointError:
             raise  # the weights are spoilt; the last checkpoint is what there is to go on from
         except Exception:

@@ -3,6 +3,8 @@
 import json
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,6 +74,32 @@ def test_stopped_and_resumed_run_is_the_whole_run(number, workplace, monkeypatch
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
     assert main(["pretrain", "demo", "--run.output", "runs/whole", *SHORT]) == 0
     assert "finished before" in capsys.readouterr().out
+
+
+KILLED = """
+import os, signal, sys
+from stopfast.cli import main
+from stopfast.step import TrainStep
+whole = TrainStep.__call__
+def killed(self, images, step):
+    if step == 16:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return whole(self, images, step)
+TrainStep.__call__ = killed
+main(sys.argv[1:])
+"""
+
+
+def test_killed_run_goes_on_from_its_last_checkpoint(workplace):
+    """SIGKILL at step 16, in a process of its own; checkpoints every 5 steps, of which two are kept."""
+    arguments = ["pretrain", "demo", *SHORT, "--run.checkpoint-every", "5"]
+    done = subprocess.run([sys.executable, "-c", KILLED, *arguments], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert sorted(p.name for p in Path("runs/demo").iterdir()) == ["step-0000010", "step-0000015"]
+    assert main([*arguments, "--run.resume"]) == 0
+    assert main(["pretrain", "demo", "--run.output", "runs/whole", *SHORT]) == 0
+    whole, parts = final_state("runs/whole"), final_state("runs/demo")
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
 
 
 def test_resume_refuses_other_settings(workplace, monkeypatch, capsys):
