@@ -32,11 +32,12 @@ def philox_4x32(
     for _ in range(10):
         # An int64 product wraps, but its 64 bits are the right ones, so masking recovers both halves.
         product0, product1 = c0 * _ROUND_MULTIPLIERS[0], c2 * _ROUND_MULTIPLIERS[1]
+        high0, high1 = product0.bitwise_right_shift(32), product1.bitwise_right_shift(32)
         c0, c1, c2, c3 = (
-            ((product1 >> 32) & _MASK) ^ c1 ^ k0,
-            product1 & _MASK,
-            ((product0 >> 32) & _MASK) ^ c3 ^ k1,
-            product0 & _MASK,
+            high1.bitwise_and_(_MASK) ^ (c1 ^ k0),
+            product1.bitwise_and_(_MASK),
+            high0.bitwise_and_(_MASK) ^ (c3 ^ k1),
+            product0.bitwise_and_(_MASK),
         )
         k0, k1 = (k0 + _KEY_INCREMENTS[0]) & _MASK, (k1 + _KEY_INCREMENTS[1]) & _MASK
     return c0, c1, c2, c3

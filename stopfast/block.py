@@ -11,14 +11,14 @@ from torch.utils.checkpoint import checkpoint
 from stopfast.kernels.ops import Ops
 
 NormLayer = Callable[[int], nn.Module]
-Rows = slice | Tensor
-"""Which tokens of a sequence are wanted: a slice for all images, or an int64 index [B, R]."""
+Rows = int | Tensor
+"""Which tokens of a sequence are wanted: those from a number on, or an int64 index [B, R]."""
 
 
 def take_rows(x: Tensor, rows: Rows) -> Tensor:
     """Return the wanted tokens of x [B, N, C] as [B, R, C]."""
-    if isinstance(rows, slice):
-        return x[:, rows]
+    if not isinstance(rows, Tensor):
+        return x[:, rows:]
     return x.gather(1, rows[..., None].expand(-1, -1, x.shape[-1]))
 
 
@@ -27,9 +27,13 @@ def norm_factory(norm_layer: NormLayer | Mapping[str, Any]) -> NormLayer:
     return partial(nn.LayerNorm, **norm_layer) if isinstance(norm_layer, Mapping) else norm_layer
 
 
-def norm_config(norm: nn.Module) -> dict[str, float] | None:
+def norm_config(norm: nn.Module) -> dict[str, Any] | None:
     """Return the keywords that :func:`norm_factory` rebuilds ``norm`` from, None for other classes."""
-    return {"eps": norm.eps} if type(norm) is nn.LayerNorm else None
+    if type(norm) is not nn.LayerNorm:
+        return None
+    affine = norm.weight is not None
+    bias = affine and norm.bias is not None
+    return {"eps": norm.eps, "elementwise_affine": affine, "bias": bias}
 
 
 def require_zero(**rates: float) -> None:
@@ -52,8 +56,7 @@ def init_weights(model: nn.Module, blocks: nn.ModuleList, std: float, rescale: b
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm):
-            nn.init.ones_(module.weight)
-            nn.init.zeros_(module.bias)
+            module.reset_parameters()
     if rescale:
         with torch.no_grad():
             for number, block in enumerate(blocks, start=1):

@@ -79,6 +79,16 @@ class ModelConfig:
     init_rescale: bool = False
     """Divide the residual projections of block l by sqrt(2 l) at the start."""
 
+    def __post_init__(self) -> None:
+        _require(self.depth > 0, f"expected depth > 0, got {self.depth}")
+        _require(
+            self.predictor_depth >= 0, f"expected predictor_depth >= 0, got {self.predictor_depth}"
+        )
+        _require(
+            1 <= self.target_blocks <= self.depth,
+            f"expected target_blocks in 1..{self.depth}, got {self.target_blocks}",
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NoiseConfig:

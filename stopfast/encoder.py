@@ -10,6 +10,7 @@ from stopfast.block import (
     Block,
     NormLayer,
     init_weights,
+    norm_config,
     norm_factory,
     require_zero,
     take_rows,
@@ -122,6 +123,8 @@ class VisionTransformer(nn.Module, HubMixin):
         require_zero(
             drop_rate=drop_rate, attn_drop_rate=attn_drop_rate, drop_path_rate=drop_path_rate
         )
+        if depth < 1:
+            raise ValueError(f"expected depth >= 1, got {depth}")
         norm = norm_factory(norm_layer)
         self.embed_dim = self.num_features = embed_dim
         self.num_heads = num_heads
@@ -144,7 +147,7 @@ class VisionTransformer(nn.Module, HubMixin):
         )
         self.norm = norm(embed_dim)
         init_weights(self, self.blocks, init_std, init_rescale)
-        self._remember_norm(self.norm)
+        self._remember(norm_layer=norm_config(self.norm))
 
     def forward(
         self,
@@ -169,7 +172,7 @@ class VisionTransformer(nn.Module, HubMixin):
         Raises:
             ValueError: images of another shape, or a K outside 1..depth.
         """
-        if not 1 <= K <= max(1, len(self.blocks)):
+        if not 1 <= K <= len(self.blocks):
             raise ValueError(f"expected K in 1..{len(self.blocks)}, got {K}")
         x = self._embed(images, None if masks is None else as_list(masks))
         outputs = []

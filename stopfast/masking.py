@@ -18,6 +18,7 @@ Truncate = Literal["first", "random"]
 Scope = Literal["local", "global"]
 
 _FAILURES_PER_TRY = 20  # published: failures before one more constraint is dropped
+_MAX_PATCHES = 1 << 13  # a table has a byte for each pair of them: 64 MiB
 _KEEP_STREAM = 1 << 32  # random numbers that choose what a context keeps; below it, its attempts
 
 
@@ -102,9 +103,12 @@ class MultiBlockMasks:
                 raise ValueError(f"expected {name} with 0 < low <= high <= 1, got {(low, high)}")
         if not 0 < aspect_ratio[0] <= aspect_ratio[1]:
             raise ValueError(f"expected aspect_ratio with 0 < low <= high, got {aspect_ratio}")
-        if nenc < 1 or npred < 1 or min_keep < 0:
+        if math.prod(grid) > _MAX_PATCHES:
+            raise ValueError(f"expected a grid of at most {_MAX_PATCHES} patches, got {grid}")
+        if nenc < 1 or npred < 1 or min_keep < 0 or seed < 0:
             raise ValueError(
-                f"expected nenc >= 1, npred >= 1 and min_keep >= 0, got {nenc}, {npred}, {min_keep}"
+                "expected nenc >= 1, npred >= 1, min_keep >= 0 and seed >= 0, "
+                f"got {nenc}, {npred}, {min_keep} and {seed}"
             )
         if truncate not in ("first", "random") or truncate_over not in ("local", "global"):
             raise ValueError(
@@ -275,13 +279,15 @@ class _Tables(NamedTuple):
 
     @classmethod
     def of(cls, block: Grid, grid: Grid, device: torch.device) -> "_Tables":
-        index = torch.arange(grid[0] * grid[1], device=device)
-        row, column = (axis[None] - axis[:, None] for axis in (index // grid[1], index % grid[1]))
-        cover = (row >= 0) & (row < block[0]) & (column >= 0) & (column < block[1])
-        cover = torch.nn.functional.pad(cover, (0, -len(index) % 8))
+        inside = []
+        for side, size in zip(grid, block, strict=True):
+            offset = torch.arange(side, device=device) - torch.arange(side, device=device)[:, None]
+            inside.append((offset >= 0) & (offset < size))
+        cover = inside[0][:, None, :, None] & inside[1][None, :, None, :]
+        cover = torch.nn.functional.pad(cover.flatten(2).flatten(0, 1), (0, -math.prod(grid) % 8))
         rows = torch.arange(block[0], device=device) * grid[1]
-        inside = (rows[:, None] + torch.arange(block[1], device=device)).flatten()
-        return cls(cover.view(torch.int64), inside)
+        places = (rows[:, None] + torch.arange(block[1], device=device)).flatten()
+        return cls(cover.view(torch.int64), places)
 
     def without(self, places: Tensor, covered: Tensor) -> Tensor:
         """Patches of blocks at places [B, E], less what is covered [B, W]: bool [B, E, 8 * W]."""

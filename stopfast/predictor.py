@@ -10,6 +10,7 @@ from stopfast.block import (
     Block,
     NormLayer,
     init_weights,
+    norm_config,
     norm_factory,
     require_zero,
 )
@@ -145,7 +146,7 @@ class Predictor(nn.Module, HubMixin):
         self.predictor_norm = norm(predictor_embed_dim)
         self.predictor_proj = nn.Linear(predictor_embed_dim, embed_dim)
         init_weights(self, self.predictor_blocks, init_std, init_rescale)
-        self._remember_norm(self.predictor_norm)
+        self._remember(norm_layer=norm_config(self.predictor_norm))
 
     def forward(
         self,
@@ -193,6 +194,11 @@ class Predictor(nn.Module, HubMixin):
             ids = (
                 torch.arange(index.shape[1], device=x.device) if sample_ids is None else sample_ids
             )
+            if ids.shape != (index.shape[1],):
+                raise ValueError(
+                    f"expected sample_ids ({index.shape[1]},), one for each image, "
+                    f"got {tuple(ids.shape)}"
+                )
             if self.noisy_queries and query_noise is None:
                 query_noise = self._draw(seed, ids, index.shape[0], len(masks_x), index.shape[2])
             if self.noisy_context and context_noise is None:
@@ -201,17 +207,22 @@ class Predictor(nn.Module, HubMixin):
         return self.predictor_proj(self.predictor_norm(self._predict(context, queries)))
 
     def resize_positions(self, grid: Grid) -> None:
-        """Move the position table to another grid in place, by interpolation."""
+        """Replace the position table by one for another grid, interpolated from it.
+
+        The parameter is a new one: an optimiser that holds learned positions has to be made after this.
+        """
         table = interpolate_pos_embed(self.predictor_pos_embed.data, self.grid_size, grid)
         self.predictor_pos_embed = nn.Parameter(
             table, requires_grad=self.predictor_pos_embed.requires_grad
         )
         self.grid_size = grid
+        self._remember(grid_size=grid, num_patches=grid[0] * grid[1])
 
     def _check(self, x: Tensor, masks_x: list[Tensor], masks: list[Tensor]) -> None:
         shapes_x, shapes = [tuple(m.shape) for m in masks_x], [tuple(m.shape) for m in masks]
         for name, got in (("masks_x", shapes_x), ("masks", shapes)):
-            if not got or len(set(got)) != 1 or len(got[0]) != 2:
+            # Compared one by one: a set would hash the lengths, and a compiler then fixes them.
+            if not got or len(got[0]) != 2 or any(shape != got[0] for shape in got):
                 raise ValueError(f"expected {name} of one shape (B, K), got {got}")
         batch, kept = shapes_x[0]
         expected = (len(masks_x) * batch, kept, self.embed_dim)
@@ -257,10 +268,13 @@ class Predictor(nn.Module, HubMixin):
         tokens: int,
         context: bool = False,
     ) -> Tensor:
+        # Drawn in fp32 at least; a model that is itself in another precision takes the draws in its own.
+        dtype = self.predictor_proj.weight.dtype
+        wide = torch.promote_types(torch.float32, dtype)
         normals = self.ops.positional_noise(
-            seed, ids, blocks, copies, tokens, self.noise_channels, context
+            seed, ids, blocks, copies, tokens, self.noise_channels, context, wide
         )
-        return normals * self.noise_std
+        return (normals * self.noise_std).to(dtype)
 
     def _tokens(
         self,
@@ -291,7 +305,6 @@ class Predictor(nn.Module, HubMixin):
     def _predict(self, context: Tensor, queries: Tensor) -> Tensor:
         """Run the blocks on [context, queries] of every target mask; return the queries' rows."""
         depth, kept = len(self.predictor_blocks), context.shape[1]
-        wanted = slice(kept, None)
         if depth == 0:
             return queries
         first, *others = self.predictor_blocks
@@ -301,10 +314,10 @@ class Predictor(nn.Module, HubMixin):
             x = first(torch.cat([repeated, queries], dim=1))
             for block in others:
                 x = block(x)
-            return x[:, wanted]
+            return x[:, kept:]
         x = first.forward_shared(context, queries, queries_only=depth == 1)
         for number, block in enumerate(others, start=2):
-            x = block(x, wanted if number == depth else None)
+            x = block(x, kept if number == depth else None)
         return x
 
 

@@ -1,5 +1,6 @@
 """Files of the published I-JEPA and StoP programs."""
 
+import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from stopfast.pos_embed import Grid, square_grid
 from stopfast.predictor import Predictor, Variant
 
 _PREFIXES = ("module.", "_orig_mod.")
+_ENTRIES = ("encoder", "predictor", "target_encoder")
 
 
 @dataclass(frozen=True)
@@ -50,49 +52,72 @@ def load_published(
         predictor_settings: further arguments of :class:`Predictor`, such as ``noise_var``.
 
     Raises:
-        CheckpointError: an entry or a weight that is missing, unknown or of another shape.
+        CheckpointError: a damaged file, an entry or a weight that is missing, unknown or of another shape,
+            or learned positions without ``learned_pos_emb=True``.
         ValueError: a width that is no published size, without ``num_heads``.
     """
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path}: expected a dictionary, got {type(content).__name__}")
-    absent = {"encoder", "predictor", "target_encoder"} - content.keys()
-    if absent:
-        raise CheckpointError(
-            f"{path}: expected entries encoder, predictor and target_encoder, without {sorted(absent)}"
-        )
+    content = _read(path)
     encoder, predictor, target = (
-        {_strip(k): v for k, v in content[name].items()}
-        for name in ("encoder", "predictor", "target_encoder")
+        {_strip(k): v for k, v in content[name].items()} for name in _ENTRIES
     )
     try:
-        settings = _encoder_settings(encoder, num_heads, grid_size)
-        networks = VisionTransformer(**settings), VisionTransformer(**settings)
-        guess = Predictor(
-            num_patches=predictor["predictor_pos_embed"].shape[1],
-            embed_dim=settings["embed_dim"],
-            predictor_embed_dim=predictor["predictor_embed.weight"].shape[0],
-            depth=_depth(predictor, "predictor_blocks"),
-            num_heads=settings["num_heads"],
-            mlp_ratio=predictor["predictor_blocks.0.mlp.fc1.weight"].shape[0]
-            / predictor["predictor_embed.weight"].shape[0],
-            norm_layer=published_norm,
-            variant=variant,
-            grid_size=grid_size,
+        common = _encoder_settings(encoder, num_heads, grid_size)
+        settings = {
+            **_block_settings(predictor, "predictor_blocks"),
+            "num_patches": predictor["predictor_pos_embed"].shape[1],
+            "embed_dim": common["embed_dim"],
+            "predictor_embed_dim": predictor["predictor_embed.weight"].shape[0],
+            "num_heads": common["num_heads"],
+            "variant": variant,
+            "grid_size": grid_size,
             **predictor_settings,
-        )
+        }
     except KeyError as error:
         raise CheckpointError(
             f"{path}: its weights do not fit the model; missing: {error.args[0]}"
         ) from None
-    for module, state, name in (
-        (networks[0], encoder, "encoder"),
-        (guess, predictor, "predictor"),
-        (networks[1], target, "target_encoder"),
+    model = PublishedModel(
+        VisionTransformer(**common),
+        Predictor(**settings),
+        VisionTransformer(**common).requires_grad_(False),
+        content.get("epoch"),
+    )
+    _check_positions(path, model.predictor, predictor.get("predictor_pos_embed"))
+    for module, state, name in zip(
+        (model.encoder, model.predictor, model.target_encoder),
+        (encoder, predictor, target),
+        _ENTRIES,
+        strict=True,
     ):
         load_weights(module, state, f"{path}, {name}")
-    networks[1].requires_grad_(False)
-    return PublishedModel(networks[0], guess, networks[1], content.get("epoch"))
+    return model
+
+
+def _read(path: str | Path) -> Mapping[str, Any]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"{path}: expected a file of tensors and plain containers, got one that is damaged or "
+            f"holds other objects: {reason}"
+        ) from None
+    entries = content if isinstance(content, Mapping) else {}
+    absent = [name for name in _ENTRIES if not isinstance(entries.get(name), Mapping)]
+    if absent:
+        raise CheckpointError(f"{path}: expected state dictionaries {_ENTRIES}, without {absent}")
+    return entries
+
+
+def _check_positions(path: str | Path, predictor: Predictor, saved: Tensor | None) -> None:
+    """Learned positions that nobody announced would be frozen without a word."""
+    fixed = predictor.predictor_pos_embed
+    if fixed.requires_grad or saved is None or saved.shape != fixed.shape:
+        return
+    if not torch.allclose(saved.float(), fixed, atol=1e-4):
+        raise CheckpointError(
+            f"{path}: its predictor_pos_embed is not the fixed table; say learned_pos_emb=True"
+        )
 
 
 def _encoder_settings(
@@ -104,14 +129,23 @@ def _encoder_settings(
         raise ValueError(f"expected num_heads for a width of {width}, which is no published size")
     grid = grid_size or square_grid(state["pos_embed"].shape[1])
     return {
+        **_block_settings(state, "blocks"),
         "img_size": [side * patch_size for side in grid],
         "patch_size": patch_size,
         "in_chans": in_chans,
         "embed_dim": width,
-        "depth": _depth(state, "blocks"),
         "num_heads": heads,
+    }
+
+
+def _block_settings(state: Mapping[str, Tensor], blocks: str) -> dict[str, Any]:
+    """Depth, hidden width and bias, as the blocks' weights show them."""
+    hidden, width = state[f"{blocks}.0.mlp.fc1.weight"].shape
+    return {
+        "depth": _depth(state, blocks),
         # The hidden width is an exact integer; half a unit keeps the float ratio from losing it.
-        "mlp_ratio": (state["blocks.0.mlp.fc1.weight"].shape[0] + 0.5) / width,
+        "mlp_ratio": (hidden + 0.5) / width,
+        "qkv_bias": f"{blocks}.0.attn.qkv.bias" in state,
         "norm_layer": published_norm,
     }
 

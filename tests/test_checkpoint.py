@@ -179,6 +179,8 @@ def test_odd_hidden_width(tmp_path):
             "missing: predictor_embed.weight",
         ),
         (lambda c: c["encoder"].update(extra=torch.ones(1)), "unknown: extra"),
+        (lambda c: c.update(encoder=None), "without .*encoder"),
+        (lambda c: c["predictor"]["module.predictor_pos_embed"].add_(0.1), "learned_pos_emb=True"),
         (
             lambda c: c["target_encoder"].update({"module.norm.bias": torch.ones(3)}),
             r"norm.bias \(3,\)",

@@ -162,6 +162,23 @@ def test_unreadable_file_is_named(photographs, tmp_path):
         )
 
 
+@needs_dali
+def test_truncated_file_is_named(photographs, tmp_path):
+    """Its header is whole, so only decoding finds it; the message names it, not the good ones."""
+    (tmp_path / "a").mkdir()
+    for source in scan_folder(photographs).files:
+        (tmp_path / "a" / source.name).write_bytes(source.read_bytes())
+    cut = tmp_path / "a" / "05.jpg"
+    cut.write_bytes(cut.read_bytes()[:-400])
+    plan = TrainPlan(12, 4, Transforms(size=(16, 16)), seed=1)
+    with pytest.raises(ValueError, match=r"decoded, got [^,]*05\.jpg; repair"):
+        list(
+            train_batches(
+                scan_folder(tmp_path), plan, first_step=1, last_step=3, device=CPU, threads=1
+            )
+        )
+
+
 def test_digits(tmp_path):
     root = digits_folder(tmp_path / "digits")
     train, test = scan_folder(root / "train"), scan_folder(root / "test")

@@ -157,8 +157,6 @@ def test_masks():
     for kind, got_count in counts.items():
         reference = tensors[f"{kind}_count_per_patch"]
         assert torch.equal(got_count == 0, reference == 0)
-        # Blocks cover patches together and lengths vary by batch, so a count spreads wider than a
-        # binomial one; six deviations of that estimate separate it from any shift by one patch.
-        assert ((got_count - reference).abs() < 6 * (reference + 100).sqrt() * 3).all()
-        correlation = torch.corrcoef(torch.stack([got_count, reference]))[0, 1]
-        assert correlation > 0.995
+        # Distance of two samples of this size; a shift by one patch is at 0.05 or more.
+        shares = [count / count.sum() for count in (got_count, reference)]
+        assert (shares[0] - shares[1]).abs().sum() / 2 < 0.02

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.mask_loops import torch_loop_masks
+from benchmarks.mask_loops import numpy_loop_masks, torch_loop_masks
 from stopfast.masking import MaskCollator, MultiBlockMasks
 
 SIZES_14 = "6x6 7x5 7x5 5x6 6x5 7x5 6x5 6x5 6x5 7x5"
@@ -105,12 +105,21 @@ def test_contexts_are_cut_to_the_shortest_of_the_batch():
     assert kept == min(len(indices) for indices in alone)
     for row, indices in zip(batch.context[0], alone, strict=True):
         assert torch.equal(row, indices[:kept]) and (row.diff() > 0).all()
-    means = [
-        np.mean([sampler(size, iteration).context[0].shape[1] for iteration in range(60)])
-        for size in (1, 16, 64, 128)
-    ]
-    assert means == sorted(means, reverse=True)
-    assert np.allclose(means, [82, 60, 56, 51], atol=4)
+
+
+@pytest.mark.spec(4)
+def test_contexts_are_shorter_the_larger_the_batch():
+    """Beside the published sampler's loop over images, which has the same block sizes at each iteration."""
+    sampler, rng = MultiBlockMasks(), np.random.default_rng(0)
+    means, expected = [], []
+    for size in (1, 16, 64, 128):
+        iterations = range(400 if size < 64 else 200)
+        means.append(np.mean([sampler(size, i).context[0].shape[1] for i in iterations]))
+        loops = (numpy_loop_masks(size, i, rng=rng)[0][0] for i in iterations)
+        expected.append(np.mean([mask.shape[1] for mask in loops]))
+    assert means == sorted(means, reverse=True) and means[0] - means[-1] > 25
+    assert np.allclose(means, expected, atol=2.5)
+    assert np.allclose(means[1:], expected[1:], atol=1.5)
 
 
 @pytest.mark.spec(5)
@@ -182,6 +191,8 @@ def test_collator():
         ({"npred": 0}, "npred"),
         ({"truncate": "last"}, "truncate"),
         ({"grid": (4, 4)}, "min_keep=10"),
+        ({"grid": (200, 200)}, "at most 8192 patches"),
+        ({"seed": -1}, "seed"),
         ({"grid": (2, 2), "min_keep": 0}, "target blocks"),
     ],
 )

@@ -1,6 +1,7 @@
 """The predictor: the order of its rows, what costs must not change, and what it refuses."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -121,6 +122,7 @@ def test_bad_settings(settings: dict, message: str):
         (lambda x, mx, m: ((x, mx, [t[:2] for t in m]), {}), "expected x"),
         (lambda x, mx, m: ((x, mx, m), {"noise": [torch.zeros(B, KY, D)]}), "expected noise"),
         (lambda x, mx, m: ((x, mx, m), {"noise_context": torch.zeros(B, KX, D)}), "no noise"),
+        (lambda x, mx, m: ((x, mx, m), {"sample_ids": torch.arange(1)}), "sample_ids"),
     ],
 )
 def test_bad_input(change, message: str):
@@ -152,7 +154,7 @@ def test_lenient_loads_are_errors(tmp_path):
         Predictor.from_pretrained(tmp_path)
 
 
-def test_copies_and_grids():
+def test_copies_and_grids(tmp_path):
     """A deep copy computes the same; positions move to another grid; a single mask needs no list."""
     predictor = small(num_patches=12, grid_size=(3, 4))
     x, masks_x, masks = inputs()
@@ -162,3 +164,48 @@ def test_copies_and_grids():
     predictor.resize_positions((6, 8))
     assert predictor.predictor_pos_embed.shape == (1, 48, P) and predictor.grid_size == (6, 8)
     assert predictor(x, masks_x, [m + 30 for m in masks]).shape == (2 * B, KY, D)
+    predictor.save_pretrained(tmp_path)
+    assert Predictor.from_pretrained(tmp_path).grid_size == (6, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("apply_to", ["masked", "both"])
+def test_other_precisions(dtype: torch.dtype, apply_to: str):
+    """A model that is itself in another precision draws the same noise, and follows fp32."""
+    predictor = small(apply_stop=True, apply_to=apply_to)
+    x, masks_x, masks = inputs()
+    expected = predictor(x, masks_x, masks, seed=1)
+    out = predictor.to(dtype)(x.to(dtype), masks_x, masks, seed=1)
+    assert out.dtype == dtype
+    assert relative_error(out.float(), expected) < {torch.float64: 1e-5}.get(dtype, 0.05)
+
+
+@pytest.mark.parametrize("apply_stop", [None, True])
+def test_compiled_once_for_all_lengths(apply_stop: bool | None):
+    """Mask lengths change every step: after the first length's own, one graph serves them."""
+    torch.compiler.reset()
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, _inputs: list[torch.Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    predictor = small(apply_stop=apply_stop)
+    compiled = torch.compile(predictor, fullgraph=True, backend=count)
+    for step in range(12):
+        kx, ky = 3 + step % 5, 2 + step % 4
+        order = torch.rand(B, N).argsort(1)
+        arguments = torch.randn(B, kx, D), [order[:, :kx]], [order[:, -ky:], order[:, 3 : 3 + ky]]
+        seed = torch.tensor([1, step])
+        expected = predictor(*arguments, seed=seed)
+        assert torch.allclose(compiled(*arguments, seed=seed), expected, atol=1e-6)
+    assert len(graphs) <= 3
+
+
+def test_norms_that_cannot_be_saved_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="LayerNorm"):
+        small(norm_layer=torch.nn.RMSNorm).save_pretrained(tmp_path)
+    bare = small(norm_layer={"eps": 1e-3, "elementwise_affine": False})
+    bare.save_pretrained(tmp_path)
+    norm = Predictor.from_pretrained(tmp_path).predictor_norm
+    assert norm.eps == 1e-3 and norm.weight is None

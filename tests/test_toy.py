@@ -5,44 +5,50 @@ import pytest
 import torch
 
 from stopfast import Predictor
-from stopfast.kernels.ops import EAGER
 
 
 @pytest.mark.spec(27)
 def test_best_predictor_smooths():
-    """StoP's Proposition 3.2 on a line of positions: with R = X + noise of deviation noise_var, the best
-    prediction is sum_x p(x) N(r; x) y(x) / sum_x p(x) N(r; x), p not being flat."""
+    """StoP's Proposition 3.2 for places x on a line, p of them not flat: queries being R = psi(X) + noise,
+    the best prediction is sum_x p(x) N(R; psi(x)) y(x) / sum_x p(x) N(R; psi(x))."""
     torch.manual_seed(0)
-    places = torch.arange(6, dtype=torch.float64)
-    prior = torch.tensor([0.3, 0.05, 0.25, 0.1, 0.05, 0.25], dtype=torch.float64)
-    values = torch.tensor([1.0, -1.0, 0.5, -0.5, 1.5, -1.0], dtype=torch.float64)
-    std = Predictor(4, 8, 8, 0, 1, apply_stop=True, noise_var=0.5).noise_std
-    count = 200_000
-    x = torch.multinomial(prior, count, replacement=True)
-    noise = EAGER.positional_noise(torch.tensor([0, 1]), torch.arange(count), 1, 1, 1, 1)
-    noisy = places[x] + std * noise.flatten().double()
+    places, width, batch, std = 6, 32, 512, 0.4
+    prior = torch.tensor([0.35, 0.05, 0.25, 0.05, 0.05, 0.25])
+    values = torch.randn(places, 4)
+    predictor = Predictor(
+        places, 4, width, 1, 2, apply_stop=True, noise_var=std, cov="fixed", grid_size=(1, places)
+    )
+    steps = 1200
+    optimizer = torch.optim.Adam(predictor.parameters(), lr=4e-3)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    nothing, at_first = torch.zeros(batch, 1, 4), torch.zeros(batch, 1, dtype=torch.int64)
 
-    def bumps(r: torch.Tensor) -> torch.Tensor:
-        """A network of one layer, wide enough for any smooth curve; its readout is trained exactly."""
-        return torch.exp(-((r[:, None] - torch.linspace(-2, 7, 37)) ** 2) / (2 * 0.3**2))
+    def draw() -> torch.Tensor:
+        return torch.multinomial(prior, batch, replacement=True)[:, None]
 
-    readout = torch.linalg.lstsq(bumps(noisy), values[x, None]).solution
+    for step in range(steps):
+        x = draw()
+        out = predictor(nothing, at_first, x, seed=torch.tensor([1, step]))
+        loss = (out - values[x]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        decay.step()
 
-    def smoothed(deviation: float, weights: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-        likelihood = weights * torch.exp(-((at[:, None] - places) ** 2) / (2 * deviation**2))
-        return (likelihood * values).sum(1) / likelihood.sum(1)
+    x, noise = draw(), std * torch.randn(batch, 1, width)
+    learned = predictor(nothing, at_first, x, noise=[noise]).detach()[:, 0]
+    positions = predictor.predictor_pos_embed[0]
+    squares = (positions[x[:, 0]] + noise[:, 0])[:, None].sub(positions).square().sum(-1)
 
-    at = torch.linspace(-1, 6, 71, dtype=torch.float64)
-    learned = (bumps(at) @ readout)[:, 0]
-    density = (prior * torch.exp(-((at[:, None] - places) ** 2) / (2 * 0.5**2))).sum(1)
+    def distance(deviation: float, weights: torch.Tensor) -> float:
+        """Root mean square between what was learnt and the smoothing by this noise and prior."""
+        posterior = (weights.log() - squares / (2 * deviation**2)).softmax(1)
+        return (learned - posterior @ values).square().mean().sqrt().item()
 
-    def distance(curve: torch.Tensor) -> float:
-        """Root mean square where noisy positions fall: elsewhere nothing was learnt."""
-        return ((learned - curve).square() * density / density.sum()).sum().sqrt().item()
-
-    assert distance(smoothed(0.5, prior, at)) < 0.03
-    assert distance(smoothed(0.5**0.5, prior, at)) > 0.1  # noise_var as a variance
-    assert distance(smoothed(0.5, torch.ones(6), at)) > 0.1  # a flat prior
+    right = distance(std, prior)
+    assert right < 0.1
+    assert distance(std**0.5, prior) > 2 * right  # noise_var as a variance
+    assert distance(std, torch.full((places,), 1 / places)) > 2 * right  # a flat prior
 
 
 @pytest.mark.spec(28)

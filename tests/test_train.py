@@ -167,6 +167,8 @@ def test_dry_run_prints_the_settings(preset, workplace, capsys):
         (["pretrain", "demo", "--step.accumulate", "3"], "accumulate=3"),
         (["pretrain", "demo", "--mask.min-keep", "60"], "min_keep=60"),
         (["pretrain", "demo", "--model.patch-size", "5"], "patch size 5"),
+        (["pretrain", "demo", "--model.depth", "0"], "depth"),
+        (["pretrain", "demo", "--model.target-blocks", "9"], "target_blocks"),
         (["pretrain", "demo", "--run.device", "cuda"], "CUDA"),
         (["pretrain", "demo", "--model.colour", "blue"], "colour"),
         (["pretrain", "absent"], "absent"),

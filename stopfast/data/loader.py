@@ -1,7 +1,8 @@
 """Batches of decoded images through NVIDIA DALI, on the CPU or on the GPU."""
 
 import io
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +14,8 @@ from stopfast.config import Transforms
 from stopfast.data.draws import Boxes, center_boxes, epoch_order, random_boxes
 from stopfast.data.folder import ImageFolder
 from stopfast.env import dali_problem
+
+_PREFETCH = 2  # batches that are decoded ahead
 
 
 class Batch(NamedTuple):
@@ -70,7 +73,7 @@ def train_batches(
             encoded, sizes = _read(folder, samples)
             yield samples, encoded, plan.boxes(step, samples, sizes)
 
-    yield from _decode(source(), plan.transforms, plan.batch_size, device, threads)
+    yield from _decode(folder, source(), plan.transforms, plan.batch_size, device, threads)
 
 
 def eval_batches(
@@ -89,7 +92,7 @@ def eval_batches(
             encoded, sizes = _read(folder, samples)
             yield samples, encoded, center_boxes(sizes, transforms)
 
-    yield from _decode(source(), transforms, batch_size, device, threads)
+    yield from _decode(folder, source(), transforms, batch_size, device, threads)
 
 
 def _read(folder: ImageFolder, samples: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
@@ -101,16 +104,27 @@ def _read(folder: ImageFolder, samples: np.ndarray) -> tuple[list[np.ndarray], n
         try:
             with Image.open(io.BytesIO(data)) as image:
                 width, height = image.size
-        except OSError as error:
-            raise ValueError(
-                f"expected a JPEG file, got {path}, which cannot be read: {error}"
-            ) from None
+        except OSError:
+            raise ValueError(f"expected a JPEG file, got {path}, which is none") from None
         encoded.append(np.frombuffer(data, dtype=np.uint8))
         sizes.append((height, width))
     return encoded, np.array(sizes)
 
 
+def _broken(folder: ImageFolder, samples: Iterable[int]) -> list[str]:
+    """Return the files among these samples that PIL cannot decode either."""
+    broken = []
+    for sample in samples:
+        try:
+            with Image.open(folder.files[sample]) as image:
+                image.load()
+        except OSError:
+            broken.append(str(folder.files[sample]))
+    return broken
+
+
 def _decode(
+    folder: ImageFolder,
     source: Iterator[tuple[np.ndarray, list[np.ndarray], Boxes]],
     transforms: Transforms,
     batch_size: int,
@@ -124,16 +138,18 @@ def _decode(
     from nvidia.dali.pipeline import pipeline_def
 
     on_gpu = device.type == "cuda"
+    under_way: deque[np.ndarray] = deque(maxlen=2 * _PREFETCH + 1)  # what a failure may be about
 
     def feed() -> Iterator[tuple[Any, ...]]:
         for samples, encoded, boxes in source:
+            under_way.append(samples)
             yield (encoded, *(list(values) for values in boxes), list(samples[:, None]))
 
     @pipeline_def(
         batch_size=batch_size,
         num_threads=threads,
         device_id=(device.index or 0) if on_gpu else None,  # pyright: ignore[reportArgumentType]
-        prefetch_queue_depth=2,
+        prefetch_queue_depth=_PREFETCH,
     )
     def pipeline() -> tuple[Any, ...]:
         images: Any
@@ -173,6 +189,14 @@ def _decode(
             images, samples = graph.run()
         except StopIteration:
             return
+        except RuntimeError:
+            broken = _broken(folder, np.concatenate(under_way)) if under_way else []
+            if not broken:
+                raise
+            raise ValueError(
+                f"expected JPEG files that can be decoded, got {', '.join(broken)}; "
+                "repair or remove them"
+            ) from None
         # The pipeline reuses its buffers, so the batch is copied out of them.
         yield Batch(
             torch.from_dlpack(images.as_tensor()).clone(),
