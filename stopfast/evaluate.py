@@ -149,7 +149,7 @@ def _knn() -> Pipeline:
 
 
 def _linear() -> Pipeline:
-    return make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=300))
+    return make_pipeline(StandardScaler(), LogisticRegression(C=0.01, tol=1e-3, max_iter=1000))
 
 
 _CLASSIFIERS: dict[str, Callable[[], Pipeline]] = {"kNN": _knn, "linear": _linear}
