@@ -105,7 +105,7 @@ def main(args: Args) -> None:
     if args.save:
         figures = {name: timing.as_dict() for name, timing in timings.items()}
         payload = {"args": asdict(args), "timings": figures, "ratios": ratios, "goals": GOALS}
-        print(write_results("masks", payload))
+        print(write_results(f"masks-{args.calls}-calls", payload))
 
 
 if __name__ == "__main__":
