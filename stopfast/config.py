@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+
+import tyro
 
 Range = tuple[float, float]
 
@@ -205,8 +207,8 @@ class RunConfig:
 class Config:
     """Everything a run depends on."""
 
-    preset: str
-    """Name of the preset that these settings began as."""
+    preset: Annotated[str, tyro.conf.Suppress]
+    """Name of the preset that these settings began as; no flag, since it says where they came from."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)

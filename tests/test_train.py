@@ -171,6 +171,7 @@ def test_dry_run_prints_the_settings(preset, workplace, capsys):
         (["pretrain", "demo", "--model.target-blocks", "9"], "target_blocks"),
         (["pretrain", "demo", "--run.device", "cuda"], "CUDA"),
         (["pretrain", "demo", "--model.colour", "blue"], "colour"),
+        (["pretrain", "demo", "--preset", "cifar10"], "preset"),
         (["pretrain", "absent"], "absent"),
         (["predict"], "usage"),
         ([], "usage"),
