@@ -118,9 +118,8 @@ def flatten_state(state: Any, prefix: str = "") -> tuple[dict[str, Tensor], Any]
         for key, value in state.items():
             inner, rest = flatten_state(value, f"{prefix}/{key}".lstrip("/"))
             tensors |= inner
-            entries.append(
-                [key, rest]
-            )  # pairs, since JSON would turn the optimiser's int keys to text
+            # Pairs, since JSON would turn the optimiser's int keys to text.
+            entries.append([key, rest])
         return tensors, {"__dict__": entries}
     if isinstance(state, list | tuple):
         items = []

@@ -1,11 +1,11 @@
 """The optimiser of an objective: parameter groups, clipping, and the moving average of a teacher."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 Clip = Literal["none", "global", "per_tensor"]
@@ -67,10 +67,7 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> N
     Raises:
         ValueError: a teacher in half precision, in which such small updates round to nothing.
     """
-    pairs: Iterator[tuple[Tensor, Tensor]] = zip(
-        teacher.parameters(), student.parameters(), strict=True
-    )
-    targets, sources = (list(side) for side in zip(*pairs, strict=True))
+    targets, sources = list(teacher.parameters()), list(student.parameters())
     dtypes = {t.dtype for t in targets}
     if dtypes - {torch.float32, torch.float64}:
         raise ValueError(f"expected a teacher in fp32 or fp64, got {sorted(map(str, dtypes))}")

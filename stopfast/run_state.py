@@ -27,8 +27,8 @@ _FREE = {
 }
 """Settings that do not change what a run computes, by section; a resume may change them."""
 
-
 _KEPT = 2
+"""Checkpoints of a run that stay."""
 
 
 def save_run(

@@ -16,7 +16,6 @@ class StepResult(NamedTuple):
     """What a step leaves; the loss stays on the device until somebody reads it."""
 
     loss: Tensor
-    metrics: dict[str, Tensor]
     scalars: dict[str, float]
 
 
@@ -65,20 +64,19 @@ class TrainStep:
         set_scalars(self.optimizer, scalars)
         micro = size // self.accumulate
         total: Tensor | None = None
-        metrics: dict[str, Tensor] = {}
         for start in range(0, size, micro):
             part = slice(start, start + micro)
             draws = self.objective.draws(step, size, part)
             with torch.autocast(
                 self.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None
             ):
-                loss, metrics = self.objective.loss(images[part], draws)
+                loss = self.objective.loss(images[part], draws)
             share = loss / self.accumulate
             self.scaler.scale(share).backward()
             total = share.detach() if total is None else total + share.detach()
         assert total is not None
         self._update(scalars)
-        return StepResult(total, metrics, scalars)
+        return StepResult(total, scalars)
 
     def _update(self, scalars: dict[str, float]) -> None:
         if self.recipe.clip != "none":

@@ -62,9 +62,9 @@ def pretrain(config: Config, console: Console) -> Path:
                 done = number
                 if done % config.run.checkpoint_every == 0 and done < last_step:
                     save_run(output, config, objective, step, done)
-        except FloatingPointError:
-            raise  # the weights are spoilt; the last checkpoint is what there is to go on from
-        except Exception:
+        except (ValueError, OSError):
+            # What unreadable data raise, between two steps: the weights are those of the last one. Any
+            # other failure may have come in the middle of an update, so it leaves no checkpoint.
             if done > begun:
                 console.print(f"checkpoint: {save_run(output, config, objective, step, done)}")
             raise

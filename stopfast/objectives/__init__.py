@@ -1,6 +1,6 @@
 """What a training loop knows of an objective."""
 
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from torch import Tensor, nn
 
@@ -8,13 +8,6 @@ from stopfast.config import Transforms
 from stopfast.optim import OptimizerRecipe
 
 Draws = TypeVar("Draws")
-
-
-class Loss(NamedTuple):
-    """The loss of one micro-batch, and what else is worth logging; all stay on the device."""
-
-    loss: Tensor
-    metrics: dict[str, Tensor]
 
 
 class Objective(Protocol[Draws]):
@@ -34,8 +27,8 @@ class Objective(Protocol[Draws]):
         """Draw for images ``part`` of a step's global batch of ``batch_size``: a pure function."""
         ...
 
-    def loss(self, images: Tensor, draws: Draws) -> Loss:
-        """The loss of images [B, C, H, W], B being the length of the part that was drawn for."""
+    def loss(self, images: Tensor, draws: Draws) -> Tensor:
+        """The loss (a scalar) of images [B, C, H, W], B being the length of the part drawn for."""
         ...
 
     def teacher_pairs(self) -> list[tuple[nn.Module, nn.Module]]:

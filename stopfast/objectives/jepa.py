@@ -11,7 +11,6 @@ from stopfast.config import Transforms
 from stopfast.encoder import VisionTransformer
 from stopfast.kernels.ops import Ops, resolve_ops
 from stopfast.masking import Masks, MultiBlockMasks
-from stopfast.objectives import Loss
 from stopfast.optim import Clip, OptimizerRecipe, parameter_groups
 from stopfast.predictor import Predictor
 
@@ -106,7 +105,7 @@ class Jepa:
             torch.arange(part.start, part.stop, device=device),
         )
 
-    def loss(self, images: Tensor, draws: JepaDraws) -> Loss:
+    def loss(self, images: Tensor, draws: JepaDraws) -> Tensor:
         """Mean smooth-L1 over all predictions; see ``target_smooth_l1``."""
         context, target = draws.masks
         features, index = self.target_features(images, target)
@@ -114,7 +113,7 @@ class Jepa:
         prediction = self.predictor(
             x, context, target, noise=draws.noise, seed=draws.seed, sample_ids=draws.sample_ids
         )
-        return Loss(self.ops.target_smooth_l1(prediction, features, index), {})
+        return self.ops.target_smooth_l1(prediction, features, index)
 
     @torch.no_grad()
     def target_features(self, images: Tensor, target: list[Tensor]) -> tuple[Tensor, Tensor]:
