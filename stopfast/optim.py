@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 Clip = Literal["none", "global", "per_tensor"]
@@ -67,7 +67,8 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> N
     Raises:
         ValueError: a teacher in half precision, in which such small updates round to nothing.
     """
-    targets, sources = list(teacher.parameters()), list(student.parameters())
+    targets: list[Tensor] = list(teacher.parameters())
+    sources: list[Tensor] = list(student.parameters())
     dtypes = {t.dtype for t in targets}
     if dtypes - {torch.float32, torch.float64}:
         raise ValueError(f"expected a teacher in fp32 or fp64, got {sorted(map(str, dtypes))}")
