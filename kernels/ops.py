@@ -1,46 +1,96 @@
 """Fused or eager is a value: a set of operations that is handed to the modules."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, NoReturn
 
+import torch
 from torch import Tensor
 
 from stopfast.kernels import reference
+from stopfast.kernels.arguments import AdamWBuffers, MaskSettings, Noise, Places
+from stopfast.kernels.noise import uniform
+
+__all__ = [
+    "AUTO", "EAGER", "FUSED", "AdamWBuffers", "MaskSettings", "Noise", "Ops", "Places", "resolve_ops",
+    "uniform",
+]  # fmt: skip
 
 
 class Ops(NamedTuple):
     """One implementation of each operation; :mod:`stopfast.kernels.reference` defines what it computes."""
 
     name: str
-    uniform: Callable[..., Tensor]
-    positional_noise: Callable[..., Tensor]
-    context_tokens: Callable[..., Tensor]
-    query_tokens: Callable[..., Tensor]
+    predictor_tokens: Callable[..., Tensor]
     attention: Callable[..., Tensor]
+    layer_norm: Callable[..., tuple[Tensor, Tensor]]
     linear_gelu: Callable[..., Tensor]
     target_smooth_l1: Callable[..., Tensor]
+    adamw_ema: Callable[..., None]
+    multiblock_masks: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 EAGER = Ops(
     name="eager",
-    uniform=reference.uniform,
-    positional_noise=reference.positional_noise,
-    context_tokens=reference.context_tokens,
-    query_tokens=reference.query_tokens,
+    predictor_tokens=reference.predictor_tokens,
     attention=reference.attention,
+    layer_norm=reference.layer_norm,
     linear_gelu=reference.linear_gelu,
     target_smooth_l1=reference.target_smooth_l1,
+    adamw_ema=reference.adamw_ema,
+    multiblock_masks=reference.multiblock_masks,
 )
 
 
+def _no_triton(*_: object, **__: object) -> NoReturn:
+    raise ValueError(
+        "expected Triton for ops=FUSED, which PyTorch's CUDA builds bring; use ops=EAGER"
+    )
+
+
+try:
+    from stopfast.kernels.adamw_ema import adamw_ema
+    from stopfast.kernels.predictor_tokens import predictor_tokens
+    from stopfast.kernels.target_smooth_l1 import target_smooth_l1
+except ModuleNotFoundError as error:
+    if error.name != "triton":
+        raise
+    FUSED = Ops("fused", *[_no_triton] * (len(Ops._fields) - 1))
+else:
+    FUSED = EAGER._replace(
+        name="fused",
+        predictor_tokens=predictor_tokens,
+        target_smooth_l1=target_smooth_l1,
+        adamw_ema=adamw_ema,
+    )
+
+
+def _automatic(name: str, first: object, *others: object, **named: object) -> object:
+    """Call the operation that is chosen for the device of its first argument."""
+    tensor = first[0] if isinstance(first, tuple) else first
+    assert isinstance(tensor, Tensor)
+    chosen = EAGER if tensor.device.type != "cuda" else _for_gpu(tensor.device.index)
+    return getattr(chosen, name)(first, *others, **named)
+
+
+@torch.compiler.assume_constant_result
+def _for_gpu(index: int | None) -> Ops:
+    return EAGER._replace(name="auto", predictor_tokens=FUSED.predictor_tokens)
+
+
+AUTO = Ops("auto", *(partial(_automatic, name) for name in Ops._fields[1:]))
+"""EAGER for tensors on the CPU; on a GPU, what its measured table says."""
+
+
 def resolve_ops(ops: Ops | str) -> Ops:
-    """Return the operations that ``ops`` names; ``"auto"`` is EAGER on every device as yet.
+    """Return the operations that ``ops`` names: ``"auto"``, ``"eager"`` or ``"fused"``.
 
     Raises:
-        ValueError: a name that is neither ``"auto"`` nor ``"eager"``.
+        ValueError: another name.
     """
+    named = {"auto": AUTO, "eager": EAGER, "fused": FUSED}
     if isinstance(ops, Ops):
         return ops
-    if ops in ("auto", "eager"):
-        return EAGER
-    raise ValueError(f"ops: expected an Ops, 'auto' or 'eager', got {ops!r}")
+    if ops not in named:
+        raise ValueError(f"ops: expected an Ops, 'auto', 'eager' or 'fused', got {ops!r}")
+    return named[ops]

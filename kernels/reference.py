@@ -3,144 +3,97 @@
 Shape legend: B images, E context masks, M target masks, N positions of the grid, Kx context tokens,
 Ky target tokens of one mask, D encoder width, P predictor width. Rows are ordered (mask, context,
 image) everywhere: row ``(m * E + e) * B + b``.
-"""
 
-import math
+``lengths`` is int32 [2] on the tensors' device: how many of the Kx context and of the Ky target slots
+are real, the same in every row. The others are padding: they are written as zeros, they influence
+nothing, and they get zero gradients. None means that all are real.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_MASK = 0xFFFFFFFF
-_ROUND_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
-
-MAX_TOKENS, MAX_BLOCKS, MAX_COPIES = 1 << 16, 1 << 8, 1 << 7
-"""What one counter word can name; see :func:`positional_noise`."""
-
-
-def philox_4x32(
-    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the four words of Philox4x32-10 (Salmon et al., SC 2011) for each counter.
-
-    ``counter`` and ``key`` are int64 tensors that hold unsigned 32-bit words and broadcast against
-    each other; so are the words returned.
-    """
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
-        # An int64 product wraps, but its 64 bits are the right ones, so masking recovers both halves.
-        product0, product1 = c0 * _ROUND_MULTIPLIERS[0], c2 * _ROUND_MULTIPLIERS[1]
-        high0, high1 = product0.bitwise_right_shift(32), product1.bitwise_right_shift(32)
-        c0, c1, c2, c3 = (
-            high1.bitwise_and_(_MASK) ^ (c1 ^ k0),
-            product1.bitwise_and_(_MASK),
-            high0.bitwise_and_(_MASK) ^ (c3 ^ k1),
-            product0.bitwise_and_(_MASK),
-        )
-        k0, k1 = (k0 + _KEY_INCREMENTS[0]) & _MASK, (k1 + _KEY_INCREMENTS[1]) & _MASK
-    return c0, c1, c2, c3
+from stopfast.kernels.arguments import (
+    FAILURES_PER_TARGET,
+    MASK_STREAM,
+    AdamWBuffers,
+    MaskSettings,
+    Noise,
+    Places,
+)
+from stopfast.kernels.noise import positional_noise, words
 
 
-def normal_pair(
-    radius_word: Tensor, angle_word: Tensor, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor]:
-    """Turn two 32-bit words into two standard normals (Box and Muller, 1958), computed in ``dtype``.
-
-    The radius takes ``(word + 1/2) / 2**32``, which is never 0; the angle takes the word as a signed
-    number, so that it lies in [-pi, pi) and a kernel needs no range reduction for it.
-    """
-    uniform = radius_word.to(dtype) * 2.0**-32 + 2.0**-33
-    signed = torch.where(angle_word >= 1 << 31, angle_word - (1 << 32), angle_word)
-    angle = signed.to(dtype) * (math.pi * 2.0**-31)
-    radius = torch.sqrt(-2.0 * torch.log(uniform))
-    return radius * torch.cos(angle), radius * torch.sin(angle)
+def real_slots(slots: int, length: Tensor) -> Tensor:
+    """bool [slots], which of them are not padding."""
+    return torch.arange(slots, device=length.device) < length
 
 
-def positional_noise(
-    seed: Tensor,
-    sample_ids: Tensor,
-    blocks: int,
-    copies: int,
-    tokens: int,
-    channels: int,
-    context: bool = False,
-    dtype: torch.dtype = torch.float32,
+def predictor_tokens(
+    x: Tensor,
+    places: Places,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos_embed: Tensor,
+    offset: Tensor | None,
+    noise: Noise | None = None,
 ) -> Tensor:
-    """Standard normals of one step, as a pure function of what they belong to.
+    """Every sequence of the predictor: context tokens, then the queries of one target mask.
 
-    Philox4x32-10 with key = seed and counter = (channel // 4, token | target block << 16 |
-    context copy << 24 | context-token flag << 31, sample, step); the four words of a counter give
-    the normals of channels 4q..4q+3 (two from words 0 and 1, two from words 2 and 3).
+    :func:`context_tokens` and :func:`query_tokens`, with the noise drawn here, packed.
 
     Args:
-        seed: int64 [2], the run's seed and the optimiser step.
-        sample_ids: int64 [B], each image's position in the step's global batch (over ranks and
-            micro-batches), in [0, 2**32).
-        blocks: target blocks M, at most 256.
-        copies: context copies E, at most 128.
-        tokens: tokens of one block, at most 65536.
-        channels: channels of one token.
-        context: whether the noise belongs to context tokens rather than to target queries.
-        dtype: dtype of the result and of its computation; the words are the same in each.
+        x: [E * B, Kx, D] features of the context encoder.
+        places: grid positions of the tokens.
+        weight: [P, D].
+        bias: [P] or None.
+        pos_embed: [N, P].
+        offset: [P] that every query carries, or None.
+        noise: what is added to which tokens, or None.
 
     Returns:
-        [blocks, copies * B, tokens, channels].
-
-    Raises:
-        ValueError: a count that does not fit its bits of the counter, or a seed that is not int64 [2].
+        [M * E * B, Kx + Ky, P] in the order (mask, context, image).
     """
-    if seed.shape != (2,) or seed.dtype != torch.int64:
-        raise ValueError(
-            f"positional_noise: expected seed as int64 (2,), got {seed.dtype} {tuple(seed.shape)}"
-        )
-    if blocks > MAX_BLOCKS or copies > MAX_COPIES or tokens > MAX_TOKENS:
-        raise ValueError(
-            f"positional_noise: expected at most {MAX_BLOCKS} blocks, {MAX_COPIES} copies and "
-            f"{MAX_TOKENS} tokens, got {blocks}, {copies} and {tokens}"
-        )
-    device = seed.device
+    blocks, batch, tokens = places.target.shape
+    copies, kept = x.shape[0] // max(1, batch), x.shape[1]
+    if places.lengths is not None:
+        x = torch.where(real_slots(kept, places.lengths[0])[:, None], x, 0)
+    context = context_tokens(x, places.context, weight, bias, pos_embed)
+    drawn, noise_weight = None, None
+    if noise is not None:
+        noise_weight = noise.weight
+        if noise.on_queries:
+            drawn = noise.queries
+            if drawn is None:
+                drawn = _draw(noise, pos_embed, blocks, copies, tokens, context=False)
+        if noise.on_context:
+            added = noise.context
+            if added is None:
+                added = _draw(noise, pos_embed, 1, copies, kept, context=True)[0]
+            context = context + (added if noise_weight is None else F.linear(added, noise_weight))
+    queries = query_tokens(places.target, copies, pos_embed, offset, drawn, noise_weight)
+    repeated = context.expand(blocks, *context.shape)  # a view: only the result is written
+    packed = torch.cat(
+        [repeated, queries.view(blocks, *context.shape[:1], tokens, context.shape[2])], dim=2
+    ).flatten(0, 1)
+    if places.lengths is None:
+        return packed
+    real = [real_slots(kept, places.lengths[0]), real_slots(tokens, places.lengths[1])]
+    return torch.where(torch.cat(real)[:, None], packed, 0)
 
-    def axis(size: int, dim: int) -> Tensor:
-        shape = [1] * 5
-        shape[dim] = size
-        return torch.arange(size, device=device, dtype=torch.int64).view(shape)
 
-    # Axes: block, copy, sample, token, quad of channels.
-    quads = -(-channels // 4)
-    place = axis(tokens, 3) | axis(blocks, 0) << 16 | axis(copies, 1) << 24 | int(context) << 31
-    sample = (sample_ids.to(device=device, dtype=torch.int64) & _MASK).view(1, 1, -1, 1, 1)
-    shape = (blocks, copies, sample.numel(), tokens, quads)
-    counter = (axis(quads, 4), place, sample, seed[1] & _MASK)
-    key = (seed[0] & _MASK, (seed[0] >> 32) & _MASK)
-    words = [word.expand(shape) for word in philox_4x32(counter, key)]
-    normals = (*normal_pair(words[0], words[1], dtype), *normal_pair(words[2], words[3], dtype))
-    noise = torch.stack(normals, dim=-1).view(blocks, copies * sample.numel(), tokens, 4 * quads)
-    return noise[..., :channels]
-
-
-def uniform(seed: Tensor, sample_ids: Tensor, count: int, stream: int = 0) -> Tensor:
-    """Uniform numbers of each sample, as a pure function of (seed, epoch or step, sample, stream).
-
-    Philox4x32-10 with key = seed, its high word xor ``(stream + 1) << 16`` so that no stream shares
-    words with :func:`positional_noise`, and counter = (number // 4, 0, sample, epoch or step).
-
-    Args:
-        seed: int64 [2], the run's seed and the epoch or step.
-        sample_ids: int64 [B].
-        count: how many numbers for each sample.
-        stream: which independent set of numbers.
-
-    Returns:
-        fp64 [B, count] in [0, 1), each a multiple of 2**-32.
-    """
-    quads = torch.arange(-(-count // 4), dtype=torch.int64, device=seed.device)
-    zero = torch.zeros_like(quads)
-    sample = (sample_ids.to(seed.device) & _MASK)[:, None]
-    key = (seed[0] & _MASK, ((seed[0] >> 32) & _MASK) ^ ((stream + 1) << 16))
-    words = philox_4x32((quads, zero, sample, seed[1] & _MASK), key)
-    return (torch.stack(words, dim=-1).flatten(1)[:, :count]).double() * 2.0**-32
+def _draw(
+    noise: Noise, pos_embed: Tensor, blocks: int, copies: int, tokens: int, context: bool
+) -> Tensor:
+    if noise.seed is None or noise.sample_ids is None:
+        raise ValueError("expected seed and sample_ids, or explicit draws for every noisy token")
+    weight = pos_embed if noise.weight is None else noise.weight
+    # Drawn in fp32 at least; a model that is itself in another precision takes the draws in its own.
+    wide = torch.promote_types(torch.float32, weight.dtype)
+    normals = positional_noise(
+        noise.seed, noise.sample_ids, blocks, copies, tokens, weight.shape[1], context, wide
+    )
+    return (normals * noise.std).to(weight.dtype)
 
 
 def context_tokens(
@@ -187,28 +140,75 @@ def query_tokens(
     blocks, batch, tokens = index.shape
     queries = pos_embed[index] if offset is None else pos_embed[index] + offset
     queries = queries[:, None].expand(blocks, copies, batch, tokens, -1)
-    queries = queries.reshape(blocks, copies * batch, tokens, -1)
+    queries = queries.reshape(blocks, copies * batch, tokens, queries.shape[-1])
     if noise is not None:
         projected = noise if noise_weight is None else F.linear(noise, noise_weight)
         queries = queries + projected
     return queries.flatten(0, 1)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -> Tensor:
+def attention(
+    packed: Tensor,
+    num_heads: int,
+    scale: float,
+    queries: Tensor | None = None,
+    lengths: Tensor | None = None,
+    context_slots: int = 0,
+) -> Tensor:
     """Softmax attention of whole rows, heads side by side in the last axis.
 
     Args:
-        q: [B, Nq, H * d].
-        k: [B, N, H * d].
-        v: [B, N, H * d].
+        packed: [B, N, 3 * H * d], queries, keys and values in that order; or, with ``queries``,
+            [B, N, 2 * H * d], keys and values.
         num_heads: H.
         scale: what the scores are multiplied by.
+        queries: [B, R, H * d], those of the target slots alone.
+        lengths: real context and target slots, or None.
+        context_slots: how many of the N slots, the first, are the context's.
 
     Returns:
-        [B, Nq, H * d].
+        [B, N, H * d], or [B, R, H * d].
     """
+    q, k, v = packed.chunk(3, dim=-1) if queries is None else (queries, *packed.chunk(2, dim=-1))
     q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
+    if lengths is None:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
+    target = real_slots(k.shape[2] - context_slots, lengths[1])
+    keys = torch.cat([real_slots(context_slots, lengths[0]), target])
+    rows = keys if queries is None else target
+    # Padding may hold anything, NaN too, which a weight of zero would let through.
+    q = torch.where(rows[:, None], q, 0)
+    k, v = (torch.where(keys[:, None], t, 0) for t in (k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=keys[None], scale=scale)
+    return torch.where(rows[:, None], out, 0).transpose(1, 2).flatten(2)
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``x + residual`` and its LayerNorm over the last axis (biased variance, eps inside the root).
+
+    Args:
+        x: [..., C].
+        weight: [C] or None.
+        bias: [C] or None.
+        eps: added to the variance.
+        residual: [..., C], or None: then the sum is x itself.
+
+    Returns:
+        The sum, and its norm: under autocast in autocast's dtype, which the linear layer that reads it
+        would cast it to, otherwise in the sum's.
+    """
+    total = x if residual is None else x + residual
+    normed = F.layer_norm(total, (total.shape[-1],), weight, bias, eps)
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        normed = normed.to(torch.get_autocast_dtype(device))
+    return total, normed
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -216,7 +216,9 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.gelu(F.linear(x, weight, bias))
 
 
-def target_smooth_l1(prediction: Tensor, features: Tensor, index: Tensor) -> Tensor:
+def target_smooth_l1(
+    prediction: Tensor, features: Tensor, index: Tensor, lengths: Tensor | None = None
+) -> Tensor:
     """Mean smooth-L1 (beta 1) between predictions and layer-normed target features.
 
     The features are normalised over channels without parameters and with eps 1e-5, as I-JEPA does.
@@ -225,6 +227,7 @@ def target_smooth_l1(prediction: Tensor, features: Tensor, index: Tensor) -> Ten
         prediction: [M * E * B, Ky, D] in the order (mask, context, image).
         features: [B, T, D] output of the target encoder; it gets no gradient.
         index: int64 [M, B, Ky], which of the T rows each query predicts.
+        lengths: real context and target slots, or None; padding is no part of the mean.
 
     Returns:
         The loss, a scalar in the wider of fp32 and the prediction's dtype.
@@ -238,4 +241,123 @@ def target_smooth_l1(prediction: Tensor, features: Tensor, index: Tensor) -> Ten
     target = F.layer_norm(rows.to(dtype), (width,)).view(batch, blocks, tokens, width)
     target = target.transpose(0, 1)[:, None]
     prediction = prediction.to(dtype).view(blocks, -1, batch, tokens, width)
-    return F.smooth_l1_loss(prediction, target.expand_as(prediction))
+    if lengths is None:
+        return F.smooth_l1_loss(prediction, target.expand_as(prediction))
+    real = real_slots(tokens, lengths[1])[:, None]
+    # Selected before the difference: padding may hold NaN, and would send it into the gradient.
+    each = F.smooth_l1_loss(
+        torch.where(real, prediction, 0),
+        torch.where(real, target, 0).expand_as(prediction),
+        reduction="sum",
+    )
+    return each / (prediction.numel() // tokens * lengths[1])
+
+
+@torch.no_grad()
+def adamw_ema(
+    buffers: AdamWBuffers,
+    scalars: Tensor,
+    found_inf: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+) -> None:
+    """One AdamW update (Loshchilov and Hutter, ICLR 2019), then the average of the updated weights.
+
+    Decay is decoupled and comes first; then moments, bias correction, and
+    ``average += (1 - momentum) * (param - average)``. The copies are the new values, rounded.
+
+    Args:
+        buffers: what is updated.
+        scalars: fp64 [7] on the buffers' device: learning rate, weight decay, momentum, number of
+            this update (1, 2, ...), beta1, beta2, eps.
+        found_inf: fp32 scalar; where it is not 0 nothing is written.
+        grad_scale: fp32 scalar that the gradient is divided by.
+    """
+    param, average = buffers.param, buffers.average
+    lr, decay, momentum, step, beta1, beta2, eps = scalars.to(torch.float64).unbind()
+    grad = buffers.grad.to(param.dtype)
+    if grad_scale is not None:
+        grad = grad / grad_scale
+    decayed = param * (1 - lr * decay).to(param.dtype)
+    exp_avg = buffers.exp_avg + (1 - beta1).to(param.dtype) * (grad - buffers.exp_avg)
+    exp_avg_sq = buffers.exp_avg_sq * beta2.to(param.dtype)
+    exp_avg_sq = exp_avg_sq + (1 - beta2).to(param.dtype) * grad * grad
+    step_size = (lr / (1 - beta1**step)).to(param.dtype)
+    root = (1 - beta2**step).sqrt().to(param.dtype)
+    updated = decayed - step_size * exp_avg / (exp_avg_sq.sqrt() / root + eps.to(param.dtype))
+    results = [(param, updated), (buffers.exp_avg, exp_avg), (buffers.exp_avg_sq, exp_avg_sq)]
+    results.append((buffers.param_copy, updated))
+    if average is not None:
+        moved = average + (1 - momentum).to(param.dtype) * (updated - average)
+        results += [(average, moved), (buffers.average_copy, moved)]
+    for buffer, result in results:
+        if buffer is not None:
+            keep = result if found_inf is None else torch.where(found_inf != 0, buffer, result)
+            buffer.copy_(keep)
+
+
+def multiblock_masks(
+    seed: Tensor,
+    sample_ids: Tensor,
+    target_size: tuple[int, int],
+    context_size: tuple[int, int],
+    settings: MaskSettings,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Multi-block masks of a batch (I-JEPA, Assran et al., CVPR 2023), as a pure function of the draws.
+
+    A block's top left corner is ``(word * span) >> 32`` in each axis, the words being numbers 2j and
+    2j + 1 of the image's stream for block j (targets, then contexts). A context loses what its image's
+    targets cover. One with at most ``min_keep`` patches left is drawn again, the attempt's number
+    being part of the draw; every 20 attempts one more of the last targets stops to constrain it.
+
+    Args:
+        seed: int64 [2], the seed and the iteration.
+        sample_ids: int64 [B].
+        target_size: (height, width) of a target block.
+        context_size: (height, width) of a context block.
+        settings: grid, counts and rules.
+
+    Returns:
+        Targets int64 [M, B, Ky] and contexts int64 [E, B, height * width], positions ascending, and
+        int32 [E, B], how many of each context's are real; 0 stands in the others.
+    """
+    rows, columns = settings.grid
+    npred, nenc = settings.npred, settings.nenc
+    sizes = [target_size] * npred + [context_size] * nenc
+    edge = int(settings.edge_inclusive)
+    spans = [
+        side - size + edge
+        for block in sizes
+        for side, size in zip(settings.grid, block, strict=True)
+    ]
+    span = torch.tensor(spans, device=seed.device)
+    row = torch.arange(rows * columns, device=seed.device) // columns
+    column = torch.arange(rows * columns, device=seed.device) % columns
+
+    def draw(attempt: int) -> Tensor:
+        """What each block covers: bool [B, M + E, N]."""
+        drawn = words(seed, sample_ids, len(spans), MASK_STREAM, attempt)
+        corner = ((drawn * span) >> 32).view(-1, len(sizes), 2, 1)
+        size = torch.tensor(sizes, device=seed.device)[:, :, None]
+        down, right = row - corner[:, :, 0], column - corner[:, :, 1]
+        inside = (down >= 0) & (down < size[:, 0]) & (right >= 0) & (right < size[:, 1])
+        return inside
+
+    first = draw(0)
+    targets, contexts = first.split([npred, nenc], dim=1)
+    member = torch.zeros_like(contexts)
+    for attempt in range(FAILURES_PER_TARGET * npred + 1):
+        binding = 0 if settings.allow_overlap else npred - attempt // FAILURES_PER_TARGET
+        covered = targets[:, :binding].any(1, keepdim=True)
+        drawn = (contexts if attempt == 0 else draw(attempt)[:, npred:]) & ~covered
+        small = member.sum(-1, keepdim=True) <= settings.min_keep
+        if not small.any():
+            break
+        member = torch.where(small, drawn, member)
+
+    def positions(mask: Tensor, count: int) -> Tensor:
+        order = torch.argsort(mask.int(), dim=-1, descending=True, stable=True)[..., :count]
+        return torch.where(mask.gather(-1, order), order, 0).transpose(0, 1)
+
+    counts = member.sum(-1, dtype=torch.int32).transpose(0, 1)
+    target = positions(targets, target_size[0] * target_size[1])
+    return target, positions(member, context_size[0] * context_size[1]), counts

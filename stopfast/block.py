@@ -82,11 +82,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """All tokens attend to all tokens; x [B, N, C] to [B, N, C]."""
-        return self.attend(*self.qkv(x).chunk(3, dim=-1))
+        return self.attend(self.qkv(x))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention and output projection for queries of some tokens, keys and values of all."""
-        return self.proj(self.ops.attention(q, k, v, self.num_heads, self.scale))
+    def attend(self, packed: Tensor, queries: Tensor | None = None) -> Tensor:
+        """Attention and output projection, of all tokens or of ``queries``; see ``Ops.attention``."""
+        return self.proj(self.ops.attention(packed, self.num_heads, self.scale, queries))
 
     def forward_rows(self, x: Tensor, rows: Rows) -> Tensor:
         """As ``forward(x)`` taken at ``rows``, without queries and projections of the other tokens."""
@@ -96,7 +96,7 @@ class Attention(nn.Module):
             take_rows(x, rows), weight[:width], None if bias is None else bias[:width]
         )
         kv = nn.functional.linear(x, weight[width:], None if bias is None else bias[width:])
-        return self.attend(q, *kv.chunk(2, dim=-1))
+        return self.attend(kv, q)
 
 
 class Mlp(nn.Module):
@@ -133,6 +133,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.checkpointing = checkpointing
+        self.ops = ops
         self.norm1 = norm_layer(dim)
         self.attn = Attention(dim, num_heads, qkv_bias, qk_scale, ops)
         self.norm2 = norm_layer(dim)
@@ -142,18 +143,19 @@ class Block(nn.Module):
         """x [B, N, C] to [B, N, C], or to the wanted [B, R, C] alone."""
         return self._run(self._forward, x, rows)
 
-    def forward_shared(self, context: Tensor, queries: Tensor, queries_only: bool) -> Tensor:
-        """The block on M sequences that begin with the same context, normed and projected once.
+    def forward_shared(self, x: Tensor, contexts: int, kept: int, queries_only: bool) -> Tensor:
+        """The block on sequences that begin with the same contexts, normed and projected once.
 
         Args:
-            context: [R, Kx, C].
-            queries: [M * R, Ky, C].
+            x: [M * R, Kx + Ky, C], M times the same R contexts, each time with other queries.
+            contexts: R.
+            kept: Kx.
             queries_only: whether only the queries' outputs are wanted.
 
         Returns:
             [M * R, Kx + Ky, C], or [M * R, Ky, C].
         """
-        return self._run(self._forward_shared, context, queries, queries_only)
+        return self._run(self._forward_shared, x, contexts, kept, queries_only)
 
     def _run(self, function: Callable[..., Tensor], *args: object) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():
@@ -161,25 +163,37 @@ class Block(nn.Module):
         return function(*args)
 
     def _forward(self, x: Tensor, rows: Rows | None) -> Tensor:
+        normed = self._normed(self.norm1, x)
         if rows is None:
-            return self._add(x, self.attn(self.norm1(x)))
-        return self._add(take_rows(x, rows), self.attn.forward_rows(self.norm1(x), rows))
+            return self._add(x, self.attn(normed))
+        return self._add(take_rows(x, rows), self.attn.forward_rows(normed, rows))
 
-    def _forward_shared(self, context: Tensor, queries: Tensor, queries_only: bool) -> Tensor:
-        blocks = queries.shape[0] // context.shape[0]
+    def _forward_shared(self, x: Tensor, contexts: int, kept: int, queries_only: bool) -> Tensor:
+        blocks, width = len(x) // contexts, x.shape[-1]
+        queries = x[:, kept:]
+        shared = self.attn.qkv(self._normed(self.norm1, x[:contexts, :kept]))
+        own = self.attn.qkv(self._normed(self.norm1, queries))
 
         def pack(shared: Tensor, own: Tensor) -> Tensor:
             repeated = shared.expand(blocks, *shared.shape)  # a view: only the result is written
             return torch.cat([repeated, own.unflatten(0, (blocks, -1))], dim=2).flatten(0, 1)
 
-        shared, own = self.attn.qkv(self.norm1(context)), self.attn.qkv(self.norm1(queries))
         if not queries_only:
-            attended = self.attn.attend(*pack(shared, own).chunk(3, dim=-1))
-            return self._add(pack(context, queries), attended)
-        width = context.shape[-1]
-        kv = pack(shared[..., width:], own[..., width:])
-        return self._add(queries, self.attn.attend(own[..., :width], *kv.chunk(2, dim=-1)))
+            return self._add(x, self.attn.attend(pack(shared, own)))
+        packed = pack(shared[..., width:], own[..., width:])
+        return self._add(queries, self.attn.attend(packed, own[..., :width]))
+
+    def _normed(self, norm: nn.Module, x: Tensor) -> Tensor:
+        return self._sum_normed(norm, x, None)[1]
 
     def _add(self, x: Tensor, attended: Tensor) -> Tensor:
-        x = x + attended
-        return x + self.mlp(self.norm2(x))
+        x, normed = self._sum_normed(self.norm2, x, attended)
+        return x + self.mlp(normed)
+
+    def _sum_normed(
+        self, norm: nn.Module, x: Tensor, residual: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if type(norm) is nn.LayerNorm:
+            return self.ops.layer_norm(x, norm.weight, norm.bias, norm.eps, residual)
+        total = x if residual is None else x + residual
+        return total, norm(total)

@@ -56,8 +56,8 @@ def stopfast() -> Finding:
 
 
 def operations() -> Finding:
-    """Which implementation ``ops='auto'`` resolves to."""
-    note = "ops='auto' resolves to EAGER (plain PyTorch) on every device: no fused kernels ship yet"
+    """Which implementation ``ops='auto'`` is."""
+    note = "ops='auto' is EAGER on the CPU; on a GPU predictor_tokens is fused and the rest is PyTorch"
     return Finding("operations", None, "used", note)
 
 

@@ -16,7 +16,7 @@ from stopfast.block import (
 )
 from stopfast.encoder import Masks, as_list
 from stopfast.hub import HubMixin
-from stopfast.kernels.ops import Ops, resolve_ops
+from stopfast.kernels.ops import Noise, Ops, Places, resolve_ops
 from stopfast.pos_embed import Grid, interpolate_pos_embed, sincos_pos_embed, square_grid
 
 Variant = Literal["ijepa", "stop", "stop_off", "stop_paper"]
@@ -169,7 +169,7 @@ class Predictor(nn.Module, HubMixin):
                 already scaled by the standard deviation.
             noise_context: explicit draws for the context, [E * B, Kx, noise channels], scaled.
             seed: int64 [2] (seed, step) or a seed alone (step 0); None draws one from torch's
-                generator of x's device. Noise follows :func:`stopfast.kernels.reference.positional_noise`.
+                generator of x's device. Noise follows :func:`stopfast.kernels.noise.positional_noise`.
             sample_ids: int64 [B], each image's position in the step's global batch; default 0..B-1.
 
         Returns:
@@ -187,24 +187,42 @@ class Predictor(nn.Module, HubMixin):
         context_noise = self._explicit(
             "noise_context", noise_context, self.noisy_context, x.shape[:2]
         )
-        if (self.noisy_queries and query_noise is None) or (
+        drawn = (self.noisy_queries and query_noise is None) or (
             self.noisy_context and context_noise is None
-        ):
+        )
+        ids = None
+        if drawn:
             seed = self._seed(seed, x.device)
             ids = (
                 torch.arange(index.shape[1], device=x.device) if sample_ids is None else sample_ids
             )
             if ids.shape != (index.shape[1],):
                 raise ValueError(
-                    f"expected sample_ids ({index.shape[1]},), one for each image, "
-                    f"got {tuple(ids.shape)}"
+                    f"expected sample_ids ({index.shape[1]},), one for each image, got {tuple(ids.shape)}"
                 )
-            if self.noisy_queries and query_noise is None:
-                query_noise = self._draw(seed, ids, index.shape[0], len(masks_x), index.shape[2])
-            if self.noisy_context and context_noise is None:
-                context_noise = self._draw(seed, ids, 1, len(masks_x), x.shape[1], context=True)[0]
-        context, queries = self._tokens(x, torch.cat(masks_x), index, query_noise, context_noise)
-        return self.predictor_proj(self.predictor_norm(self._predict(context, queries)))
+        weight, bias = self.predictor_embed.weight, self.predictor_embed.bias
+        own = self.noise_embed
+        draws = None
+        if self.noisy_queries or self.noisy_context:
+            projection = weight if own is None else own.weight
+            draws = Noise(
+                seed=seed if isinstance(seed, Tensor) and drawn else None,
+                sample_ids=ids,
+                std=self.noise_std,
+                weight=projection if self.cov == "learned" else None,
+                on_queries=self.noisy_queries,
+                on_context=self.noisy_context,
+                queries=query_noise,
+                context=context_noise,
+            )
+        # What stands in for the missing content of a query: in published StoP the projection's bias.
+        offset = {"stop": bias, "stop_off": None}.get(self.variant, self.mask_token.view(-1))
+        places = Places(torch.cat(masks_x), index)
+        tokens = self.ops.predictor_tokens(
+            x, places, weight, bias, self.predictor_pos_embed[0], offset, draws
+        )
+        predicted = self._predict(tokens, len(x), x.shape[1])
+        return self.predictor_proj(self.predictor_norm(predicted))
 
     def resize_positions(self, grid: Grid) -> None:
         """Replace the position table by one for another grid, interpolated from it.
@@ -259,63 +277,18 @@ class Predictor(nn.Module, HubMixin):
             return torch.tensor([seed, 0], dtype=torch.int64, device=device)
         return seed.to(device)
 
-    def _draw(
-        self,
-        seed: Tensor,
-        ids: Tensor,
-        blocks: int,
-        copies: int,
-        tokens: int,
-        context: bool = False,
-    ) -> Tensor:
-        # Drawn in fp32 at least; a model that is itself in another precision takes the draws in its own.
-        dtype = self.predictor_proj.weight.dtype
-        wide = torch.promote_types(torch.float32, dtype)
-        normals = self.ops.positional_noise(
-            seed, ids, blocks, copies, tokens, self.noise_channels, context, wide
-        )
-        return (normals * self.noise_std).to(dtype)
-
-    def _tokens(
-        self,
-        x: Tensor,
-        index_x: Tensor,
-        index: Tensor,
-        query_noise: Tensor | None,
-        context_noise: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        weight, bias = self.predictor_embed.weight, self.predictor_embed.bias
-        positions = self.predictor_pos_embed[0]
-        noise_weight = None
-        if self.cov == "learned":
-            noise_weight = weight if self.noise_embed is None else self.noise_embed.weight
-        # What stands in for the missing content of a query: in published StoP the projection's bias.
-        offset = {"stop": bias, "stop_off": None}.get(self.variant, self.mask_token.view(-1))
-        context = self.ops.context_tokens(x, index_x, weight, bias, positions)
-        if context_noise is not None:
-            context = context + (
-                context_noise
-                if noise_weight is None
-                else nn.functional.linear(context_noise, noise_weight)
-            )
-        copies = x.shape[0] // index.shape[1]
-        queries = self.ops.query_tokens(index, copies, positions, offset, query_noise, noise_weight)
-        return context, queries
-
-    def _predict(self, context: Tensor, queries: Tensor) -> Tensor:
-        """Run the blocks on [context, queries] of every target mask; return the queries' rows."""
-        depth, kept = len(self.predictor_blocks), context.shape[1]
+    def _predict(self, x: Tensor, contexts: int, kept: int) -> Tensor:
+        """Run the blocks on the sequences of every target mask; return the queries' rows."""
+        depth = len(self.predictor_blocks)
         if depth == 0:
-            return queries
+            return x[:, kept:]
         first, *others = self.predictor_blocks
         assert isinstance(first, Block)
         if not self.skip_unused:
-            repeated = context.repeat(queries.shape[0] // context.shape[0], 1, 1)
-            x = first(torch.cat([repeated, queries], dim=1))
-            for block in others:
+            for block in self.predictor_blocks:
                 x = block(x)
             return x[:, kept:]
-        x = first.forward_shared(context, queries, queries_only=depth == 1)
+        x = first.forward_shared(x, contexts, kept, queries_only=depth == 1)
         for number, block in enumerate(others, start=2):
             x = block(x, kept if number == depth else None)
         return x

@@ -4,6 +4,7 @@ import json
 from functools import partial
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -14,10 +15,11 @@ TOLERANCE = 1e-5  # norm of the difference over norm, per tensor, in fp32
 norm_1e6 = partial(nn.LayerNorm, eps=1e-6)
 
 
-def golden(name: str) -> tuple[dict, dict[str, Tensor]]:
+def golden(name: str, device: torch.device | str = "cpu") -> tuple[dict, dict[str, Tensor]]:
     """The settings and the tensors of a golden file."""
     with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
-        return json.loads(file.metadata()["case"]), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+        tensors = {k: file.get_tensor(k).to(device) for k in file.keys()}  # noqa: SIM118
+        return json.loads(file.metadata()["case"]), tensors
 
 
 def listed(tensors: dict[str, Tensor], prefix: str) -> list[Tensor]:

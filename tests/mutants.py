@@ -38,6 +38,7 @@ class Mutant(NamedTuple):
 
 MASKING, PREDICTOR, ENCODER = "stopfast/masking.py", "stopfast/predictor.py", "stopfast/encoder.py"
 REFERENCE, BLOCK, OPTIM = "kernels/reference.py", "stopfast/block.py", "stopfast/optim.py"
+NOISE = "kernels/noise.py"
 SCHEDULES, POSITIONS = "stopfast/schedules.py", "stopfast/pos_embed.py"
 
 MUTANTS = (
@@ -183,18 +184,18 @@ MUTANTS = (
         '"stop_off": None',
         '"stop_off": self.mask_token.view(-1)',
     ),
-    Mutant(18, "targets share noise", REFERENCE, "axis(blocks, 0) << 16", "axis(blocks, 0) * 0"),
+    Mutant(18, "targets share noise", NOISE, "axis(blocks, 0) << 16", "axis(blocks, 0) * 0"),
     Mutant(
         18,
         "images share noise",
-        REFERENCE,
+        NOISE,
         "& _MASK).view(1, 1, -1, 1, 1)",
         "* 0).view(1, 1, -1, 1, 1)",
     ),
     Mutant(
         18,
         "steps share noise",
-        REFERENCE,
+        NOISE,
         "axis(quads, 4), place, sample, seed[1] & _MASK",
         "axis(quads, 4), place, sample, seed[1] * 0",
     ),

@@ -41,19 +41,15 @@ class Recorder:
     """Operations that keep the context tokens and the queries of a call."""
 
     def __init__(self) -> None:
-        def keep(name: str):
-            def run(*arguments: Any) -> Tensor:
-                out = getattr(EAGER, name)(*arguments)
-                setattr(self, name, out)
-                return out
-
-            return run
-
         self.context_tokens: Tensor
         self.query_tokens: Tensor
-        self.ops = EAGER._replace(
-            context_tokens=keep("context_tokens"), query_tokens=keep("query_tokens")
-        )
+
+        def keep(x: Tensor, *arguments: Any) -> Tensor:
+            out = EAGER.predictor_tokens(x, *arguments)
+            self.context_tokens, self.query_tokens = out[: len(x), : x.shape[1]], out[:, x.shape[1] :]
+            return out
+
+        self.ops = EAGER._replace(predictor_tokens=keep)
 
 
 def queries(predictor: Predictor, **call: Any) -> Tensor:

@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from stopfast import env
 from stopfast.kernels import ops
+from stopfast.kernels._launch import watch_launches
 
 LIBRARIES = {"torch", "triton", "nvidia", "xformers", "apex", "amp_C", "flash_attn", "timm"}
 TORCH_13 = {
@@ -323,8 +325,12 @@ def test_a_failing_examination_is_a_line(monkeypatch):
 
 
 def test_the_line_on_operations_is_true():
-    assert ops.resolve_ops("auto") is ops.EAGER
-    assert "ops='auto' resolves to EAGER" in env.operations().note
+    assert ops.resolve_ops("auto") is ops.AUTO
+    x = torch.randn(2, 3)
+    with watch_launches() as launches:
+        ops.AUTO.layer_norm(x, None, None, 1e-6)
+    assert not launches
+    assert "ops='auto' is EAGER on the CPU" in env.operations().note
 
 
 def test_command_line():

@@ -6,6 +6,8 @@ import torch
 from benchmarks.harness import relative_error
 from stopfast import MultiBlockMasks, Predictor, VisionTransformer
 from stopfast.config import Transforms
+from stopfast.kernels._launch import watch_launches
+from stopfast.kernels.ops import EAGER, FUSED, Ops
 from stopfast.masking import Masks
 from stopfast.objectives.jepa import Jepa, JepaDraws
 from stopfast.schedules import Cosine
@@ -21,10 +23,27 @@ PREDICTORS = (
 )
 
 
-@pytest.mark.parametrize("skip_unused", [True, False])
+WAYS = pytest.mark.parametrize(
+    ("ops", "skip_unused"),
+    [(EAGER, True), (EAGER, False), (FUSED, True), (FUSED, False)],
+    ids=["eager", "eager-all", "fused", "fused-all"],
+)
+
+
+@pytest.fixture
+def launched(ops: Ops):
+    """The names of the kernels that ran; some did exactly where the operations are the fused ones."""
+    names: set[str] = set()
+    with watch_launches() as launches:
+        yield names
+    names |= {launch.name for launch in launches}
+    assert bool(names) == (ops is FUSED)
+
+
+@WAYS
 @pytest.mark.parametrize("name", PREDICTORS)
-def test_predictor(name: str, skip_unused: bool):
-    case, tensors = golden(name)
+def test_predictor(name: str, ops: Ops, skip_unused: bool, launched: set, device: torch.device):
+    case, tensors = golden(name, device)
     sizes = {
         key: case[key]
         for key in ("num_patches", "embed_dim", "predictor_embed_dim", "depth", "num_heads")
@@ -32,7 +51,9 @@ def test_predictor(name: str, skip_unused: bool):
     switches = {
         key: case[key] for key in ("apply_stop", "noise_var", "learned_pos_emb") if key in case
     }
-    predictor = Predictor(**sizes, norm_layer=norm_1e6, skip_unused=skip_unused, **switches)
+    predictor = Predictor(
+        **sizes, norm_layer=norm_1e6, skip_unused=skip_unused, ops=ops, **switches
+    ).to(device)
     predictor.load_state_dict(under(tensors, "state."))
     x = tensors["x"].requires_grad_()
     noise = listed(tensors, "noise") or None
@@ -43,15 +64,16 @@ def test_predictor(name: str, skip_unused: bool):
     assert_gradients(predictor, under(tensors, "grad."))
 
 
-@pytest.mark.parametrize("skip_unused", [True, False])
-def test_encoder(skip_unused: bool):
-    case, tensors = golden("ijepa_encoder")
+@WAYS
+def test_encoder(ops: Ops, skip_unused: bool, launched: set, device: torch.device):
+    case, tensors = golden("ijepa_encoder", device)
     encoder = VisionTransformer(
         img_size=[case["img_size"]],
         **{key: case[key] for key in ("patch_size", "embed_dim", "depth", "num_heads")},
         norm_layer=norm_1e6,
         skip_unused=skip_unused,
-    )
+        ops=ops,
+    ).to(device)
     encoder.load_state_dict(under(tensors, "state."))
     assert relative_error(encoder(tensors["imgs"]), tensors["out_full"]) < TOLERANCE
     out = encoder(tensors["imgs"], listed(tensors, "masks_x"))
@@ -60,15 +82,16 @@ def test_encoder(skip_unused: bool):
     assert_gradients(encoder, under(tensors, "grad."))
 
 
-@pytest.mark.parametrize("skip_unused", [True, False])
-def test_training_steps(skip_unused: bool):
-    case, tensors = golden("stop_training_steps")
+@WAYS
+def test_training_steps(ops: Ops, skip_unused: bool, launched: set, device: torch.device):
+    case, tensors = golden("stop_training_steps", device)
     shape = {key: case[key] for key in ("embed_dim", "depth", "num_heads")}
     encoder = VisionTransformer(
         img_size=[case["img_size"]],
         patch_size=case["patch_size"],
         norm_layer=norm_1e6,
         skip_unused=skip_unused,
+        ops=ops,
         **shape,
     )
     predictor = Predictor(
@@ -78,6 +101,7 @@ def test_training_steps(skip_unused: bool):
         apply_stop=case["apply_stop"],
         noise_var=case["noise_var"],
         skip_unused=skip_unused,
+        ops=ops,
         **shape,
     )
     encoder.load_state_dict(under(tensors, "init.encoder."))
@@ -87,7 +111,8 @@ def test_training_steps(skip_unused: bool):
         def draws(self, step: int, batch_size: int, part: slice) -> JepaDraws:
             at = f"step{step - 1}."
             masks = Masks(listed(tensors, f"{at}masks_x"), listed(tensors, f"{at}masks"))
-            seed, ids = torch.tensor([0, step]), torch.arange(batch_size)
+            seed = torch.tensor([0, step], device=device)
+            ids = torch.arange(batch_size, device=device)
             return JepaDraws(masks, seed, ids, listed(tensors, f"{at}noise"))
 
     objective = Replayed(
@@ -100,8 +125,9 @@ def test_training_steps(skip_unused: bool):
         momentum=lambda step: case["ema_momentum"][step - 1],
         target_blocks=case["target_blocks"],
         skip_unused=skip_unused,
+        ops=ops,
     )
-    step = TrainStep(objective)
+    step = TrainStep(objective, device=device)
     for number, expected in enumerate(tensors["losses"], start=1):
         loss = step(tensors[f"step{number - 1}.imgs"], number).loss
         assert relative_error(loss, expected) < TOLERANCE

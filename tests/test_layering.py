@@ -24,10 +24,14 @@ ANY_SIBLING = (KERNELS,)
 # By the role of a file in kernels/: what it may import besides the standard library.
 KERNEL_IMPORTS = {
     "package": (),
-    "reference": ("torch",),
+    "arguments": ("torch",),
+    "noise": ("torch",),
+    "reference": ("torch", f"{KERNELS}.arguments", f"{KERNELS}.noise"),
+    "cases": ("torch", f"{KERNELS}.arguments"),
     "ops": ("torch", *ANY_SIBLING),
+    "attention_backends": ("torch", "xformers", *ANY_SIBLING),
     "helper": ("torch", "triton", "numpy", *ANY_SIBLING),
-    "kernel": ("torch", "triton", f"{KERNELS}._launch"),
+    "kernel": ("torch", "triton", f"{KERNELS}.arguments", f"{KERNELS}._*"),
 }
 
 LINES, KERNEL_LINES, KERNEL_PARAMETERS = 400, 250, 8
@@ -49,6 +53,8 @@ def _module(path: str) -> str:
 
 
 def _within(module: str, package: str) -> bool:
+    if package.endswith("*"):
+        return module.startswith(package[:-1])
     return module == package or module.startswith(package + ".")
 
 
@@ -109,8 +115,9 @@ def _run_at_import(node: ast.AST) -> Iterator[ast.AST]:
 def _role(path: str) -> str:
     """The role of a file of kernels/: only a file that holds a fused kernel is a kernel file."""
     stem = PurePosixPath(path).stem
-    named = {"__init__": "package", "reference": "reference", "ops": "ops"}
-    return named.get(stem, "helper" if stem.startswith("_") else "kernel")
+    if stem in KERNEL_IMPORTS:
+        return stem
+    return "package" if stem == "__init__" else "helper" if stem.startswith("_") else "kernel"
 
 
 def _check_imports(path: str, imports: list[Import]) -> Iterator[str]:
@@ -157,7 +164,8 @@ def _check_size(path: str, source: str, tree: ast.Module) -> Iterator[str]:
     lines, limit = len(source.splitlines()), KERNEL_LINES if kernel else LINES
     if lines > limit:
         yield f"lines: {path}: {lines} of at most {limit}"
-    for node in tree.body if path.startswith("kernels/") else []:
+    public = path.startswith("kernels/") and _role(path) != "helper"
+    for node in tree.body if public else []:
         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
             a = node.args
             count = len(a.posonlyargs + a.args + a.kwonlyargs) + bool(a.vararg) + bool(a.kwarg)
@@ -225,9 +233,15 @@ SOUND = {
     "kernels/__init__.py": "",
     "kernels/_launch.py": "import numpy\nimport triton",
     "kernels/fused.py": "import math\nimport torch\nimport triton.language as tl\n"
-    "from stopfast.kernels._launch import x\ndef f(a, b, c, d, e, f, g, h): ...",
+    "from stopfast.kernels._launch import x\nfrom stopfast.kernels.arguments import y\n"
+    "from stopfast.kernels._philox import z\ndef f(a, b, c, d, e, f, g, h): ...",
     "kernels/ops.py": "from torch import Tensor\nfrom stopfast.kernels import fused, reference",
-    "kernels/reference.py": "import math\nimport torch.nn.functional as F",
+    "kernels/_philox.py": "import triton",
+    "kernels/arguments.py": "from torch import Tensor",
+    "kernels/noise.py": "import torch",
+    "kernels/cases.py": "from stopfast.kernels.arguments import y",
+    "kernels/reference.py": "import math\nimport torch.nn.functional as F\n"
+    "from stopfast.kernels.noise import words",
     "stopfast/__init__.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n"
     "    from stopfast.encoder import X\ndef f():\n    import stopfast.encoder",
     "stopfast/cli.py": "def main():\n    from stopfast import train\n    train.run()",
@@ -248,6 +262,10 @@ PLANTED = [
     ("kernel imports", "kernels/fused.py", "from .reference import attention"),
     ("kernel imports", "kernels/fused.py", "from stopfast.config import Config"),
     ("kernel imports", "kernels/deep/fused.py", "from ..reference import attention"),
+    ("kernel imports", "kernels/fused.py", "from stopfast.kernels.noise import words"),
+    ("kernel imports", "kernels/cases.py", "from stopfast.kernels import reference"),
+    ("kernel imports", "kernels/arguments.py", "import triton"),
+    ("kernel imports", "kernels/noise.py", "from stopfast.kernels import _launch"),
     ("kernel imports", "kernels/reference.py", "import triton"),
     ("kernel imports", "kernels/reference.py", "import stopfast.kernels._launch"),
     ("kernel imports", "kernels/ops.py", "import triton"),
@@ -318,6 +336,7 @@ def test_a_planted_breach_is_found(rule, path, source):
         ("stopfast/encoder.py", "\n" * 400),
         ("kernels/fused.py", "\n" * 250),
         ("kernels/fused.py", "def _f(a, b, c, d, e, f, g, h, i): ..."),
+        ("kernels/_philox.py", "import triton\ndef f(a, b, c, d, e, f, g, h, i): ..."),
         ("stopfast/encoder.py", "def f(a, b, c, d, e, f, g, h, i): ..."),
     ],
 )

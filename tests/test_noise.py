@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stopfast.kernels.reference import normal_pair, philox_4x32, positional_noise, uniform
+from stopfast.kernels.noise import normal_pair, philox_4x32, positional_noise, uniform
 
 # Random123's known answers of philox4x32-10: counter, key, words.
 KNOWN = [

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from stopfast.config import Transforms
-from stopfast.kernels.ops import EAGER
+from stopfast.kernels.ops import uniform
 
 _ATTEMPTS = 10  # crops that are tried before the centre is taken, as torchvision does
 _CROP, _FLIP = 0, 1  # streams
@@ -46,12 +46,12 @@ def random_boxes(
     """
     key = torch.tensor([seed, epoch])
     ids = torch.from_numpy(np.asarray(samples, dtype=np.int64))
-    uniform = EAGER.uniform(key, ids, 4 * _ATTEMPTS, _CROP).numpy().reshape(-1, _ATTEMPTS, 4)
+    drawn = uniform(key, ids, 4 * _ATTEMPTS, _CROP).numpy().reshape(-1, _ATTEMPTS, 4)
     height, width = (sizes[:, None, axis].astype(np.float64) for axis in (0, 1))
     low, high = transforms.crop_scale
-    area = height * width * (low + uniform[..., 0] * (high - low))
+    area = height * width * (low + drawn[..., 0] * (high - low))
     low, high = (math.log(ratio) for ratio in transforms.crop_ratio)
-    ratio = np.exp(low + uniform[..., 1] * (high - low))
+    ratio = np.exp(low + drawn[..., 1] * (high - low))
     crop = np.stack([np.rint(np.sqrt(area / ratio)), np.rint(np.sqrt(area * ratio))], axis=-1)
     fits = (crop[..., 0] <= height) & (crop[..., 1] <= width) & np.all(crop > 0, axis=-1)
     first = fits.argmax(1)
@@ -62,10 +62,10 @@ def random_boxes(
     room = sizes - size + 1
     place = np.where(
         np.any(fits, axis=1, keepdims=True),
-        np.floor(uniform[rows, first, 2:] * room),
+        np.floor(drawn[rows, first, 2:] * room),
         (sizes - size) // 2,
     )
-    mirrored = EAGER.uniform(key, ids, 1, _FLIP).numpy()[:, 0] < transforms.flip
+    mirrored = uniform(key, ids, 1, _FLIP).numpy()[:, 0] < transforms.flip
     return Boxes(place.astype(np.int32), size.astype(np.int32), mirrored.astype(np.int32))
 
 

@@ -1,0 +1,178 @@
+"""The predictor's sequences in one write: projection, position, and noise that exists only in registers.
+
+Backward draws the noise again for the gradient of what projects it. Gradients that are plain matrix
+products are left to the vendor's library.
+"""
+
+import torch
+import triton
+from torch import Tensor
+
+from stopfast.kernels._launch import compute_dtype, launch, power_of_two, rows_contiguous
+from stopfast.kernels._token_gradients import predictor_tokens_backward
+from stopfast.kernels._token_kernels import COLUMNS, DEPTH, MAX_TILES, ROWS, WARPS, tokens_kernel
+from stopfast.kernels.arguments import Noise, Places
+
+
+def predictor_tokens(
+    x: Tensor,
+    places: Places,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos_embed: Tensor,
+    offset: Tensor | None,
+    noise: Noise | None = None,
+) -> Tensor:
+    """Fused :func:`stopfast.kernels.reference.predictor_tokens`.
+
+    The products are computed in x's dtype (autocast's inside autocast), everything else in fp32.
+    """
+    dtype = compute_dtype(x)
+    tied = noise is not None and noise.weight is weight
+    projected = noise is not None and noise.weight is not None
+    own = noise.weight if noise is not None and not tied else None
+    return _forward(
+        rows_contiguous(x.to(dtype)),
+        places.context.contiguous(),
+        places.target.contiguous(),
+        places.lengths,
+        rows_contiguous(weight.to(dtype)),
+        bias,
+        pos_embed.contiguous(),
+        offset,
+        None if noise is None else noise.seed,
+        None if noise is None else noise.sample_ids,
+        None if own is None else rows_contiguous(own.to(dtype)),
+        None if noise is None or noise.queries is None else noise.queries.contiguous(),
+        None if noise is None or noise.context is None else noise.context.contiguous(),
+        0.0 if noise is None else float(noise.std),
+        noise is not None and noise.on_queries,
+        noise is not None and noise.on_context,
+        projected,
+    )
+
+
+@torch.library.custom_op("stopfast::predictor_tokens", mutates_args=())
+def _forward(
+    x: Tensor,
+    context: Tensor,
+    target: Tensor,
+    lengths: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos_embed: Tensor,
+    offset: Tensor | None,
+    seed: Tensor | None,
+    sample_ids: Tensor | None,
+    noise_weight: Tensor | None,
+    queries: Tensor | None,
+    context_draws: Tensor | None,
+    std: float,
+    on_queries: bool,
+    on_context: bool,
+    projected: bool,
+) -> Tensor:
+    """Written twice over: the context to each of its sequences, then every query."""
+    result = _empty(x, target, pos_embed)
+    blocks, batch, tokens = target.shape
+    sequences, kept = context.shape
+    depth, columns = x.shape[2], pos_embed.shape[1]
+    projection = (noise_weight if noise_weight is not None else weight) if projected else None
+    channels = columns if projection is None else projection.shape[1]
+    width = min(COLUMNS, power_of_two(columns))
+    tiles = min(MAX_TILES, triton.cdiv(columns, width))
+    slots = kept + tokens
+    copies = sequences // max(1, batch)
+    for is_context, noisy in ((True, on_context), (False, on_queries)):
+        rows = sequences * kept if is_context else blocks * sequences * tokens
+        launch(
+            tokens_kernel,
+            (triton.cdiv(rows, ROWS), triton.cdiv(columns, tiles * width)),
+            x if is_context else None,
+            weight if is_context else None,
+            projection if noisy else None,
+            context_draws if is_context else queries,
+            bias if is_context else offset,
+            pos_embed,
+            context if is_context else target,
+            lengths,
+            seed,
+            sample_ids,
+            result,
+            std,
+            rows,
+            batch,
+            copies,
+            kept if is_context else tokens,
+            depth,
+            channels,
+            columns,
+            *x.stride()[:2],
+            weight.stride(0),
+            0 if projection is None else projection.stride(0),
+            slots,
+            0 if is_context else kept,
+            blocks if is_context else 1,
+            sequences * slots * columns,
+            writes=(result,),
+            num_warps=WARPS,
+            ROWS=ROWS,
+            DEPTH=DEPTH,
+            COLUMNS=width,
+            TILES=tiles,
+            CONTEXT=is_context,
+            NOISY=noisy,
+        )
+    return result
+
+
+def _empty(x: Tensor, target: Tensor, pos_embed: Tensor) -> Tensor:
+    dtype = torch.promote_types(x.dtype, pos_embed.dtype)
+    slots = x.shape[1] + target.shape[2]
+    return x.new_empty((target.shape[0] * x.shape[0], slots, pos_embed.shape[1]), dtype=dtype)
+
+
+@_forward.register_fake
+def _(x: Tensor, context: Tensor, target: Tensor, lengths: Tensor | None, weight: Tensor,
+      bias: Tensor | None, pos_embed: Tensor, *others: object) -> Tensor:  # fmt: skip
+    return _empty(x, target, pos_embed)
+
+
+def _save(ctx, inputs, output) -> None:
+    x, context, target, lengths, weight, bias, pos_embed, offset, seed, *others = inputs
+    ids, noise_weight, queries, context_draws, *ctx.plain = others
+    ctx.save_for_backward(
+        x,
+        context,
+        target,
+        lengths,
+        weight,
+        pos_embed,
+        seed,
+        ids,
+        noise_weight,
+        queries,
+        context_draws,
+    )
+    ctx.dtypes = [None if t is None else t.dtype for t in (bias, offset)]
+
+
+def _differentiate(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    found = predictor_tokens_backward(
+        gradient.contiguous(), *ctx.saved_tensors, *ctx.plain, ctx.needs_input_grad[6]
+    )
+    x, weight, bias, position, offset, noise_weight, queries, context = found
+    bias, offset = (
+        None if dtype is None else t.to(dtype)
+        for t, dtype in zip((bias, offset), ctx.dtypes, strict=True)
+    )
+    position, noise_weight, queries, context = (
+        t if t.numel() else None for t in (position, noise_weight, queries, context)
+    )
+    return (
+        x, None, None, None, weight, bias, position, offset, None, None, noise_weight, queries, context,
+        None, None, None, None,
+    )  # fmt: skip
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
