@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -50,6 +50,7 @@ def _no_triton(*_: object, **__: object) -> NoReturn:
 
 try:
     from stopfast.kernels.adamw_ema import adamw_ema
+    from stopfast.kernels.layer_norm import layer_norm
     from stopfast.kernels.predictor_tokens import predictor_tokens
     from stopfast.kernels.target_smooth_l1 import target_smooth_l1
 except ModuleNotFoundError as error:
@@ -60,12 +61,13 @@ else:
     FUSED = EAGER._replace(
         name="fused",
         predictor_tokens=predictor_tokens,
+        layer_norm=layer_norm,
         target_smooth_l1=target_smooth_l1,
         adamw_ema=adamw_ema,
     )
 
 
-def _automatic(name: str, first: object, *others: object, **named: object) -> object:
+def _automatic(name: str, first: object, *others: object, **named: object) -> Any:  # noqa: ANN401
     """Call the operation that is chosen for the device of its first argument."""
     tensor = first[0] if isinstance(first, tuple) else first
     assert isinstance(tensor, Tensor)

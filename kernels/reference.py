@@ -284,8 +284,12 @@ def adamw_ema(
     step_size = (lr / (1 - beta1**step)).to(param.dtype)
     root = (1 - beta2**step).sqrt().to(param.dtype)
     updated = decayed - step_size * exp_avg / (exp_avg_sq.sqrt() / root + eps.to(param.dtype))
-    results = [(param, updated), (buffers.exp_avg, exp_avg), (buffers.exp_avg_sq, exp_avg_sq)]
-    results.append((buffers.param_copy, updated))
+    results: list[tuple[Tensor | None, Tensor]] = [
+        (param, updated),
+        (buffers.exp_avg, exp_avg),
+        (buffers.exp_avg_sq, exp_avg_sq),
+        (buffers.param_copy, updated),
+    ]
     if average is not None:
         moved = average + (1 - momentum).to(param.dtype) * (updated - average)
         results += [(average, moved), (buffers.average_copy, moved)]

@@ -7,19 +7,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from stopfast.acceleration import accelerate
     from stopfast.encoder import VisionTransformer
     from stopfast.masking import MaskCollator, MultiBlockMasks
     from stopfast.predictor import Predictor
     from stopfast.published import load_published
 
 __version__ = "0.1.0"
-__all__ = ["MaskCollator", "MultiBlockMasks", "Predictor", "VisionTransformer", "load_published"]
+__all__ = [
+    "MaskCollator",
+    "MultiBlockMasks",
+    "Predictor",
+    "VisionTransformer",
+    "accelerate",
+    "load_published",
+]
 
 _HOME = {
     "MaskCollator": "stopfast.masking",
     "MultiBlockMasks": "stopfast.masking",
     "Predictor": "stopfast.predictor",
     "VisionTransformer": "stopfast.encoder",
+    "accelerate": "stopfast.acceleration",
     "load_published": "stopfast.published",
 }
 

@@ -1,0 +1,174 @@
+"""A user's own modules, accelerated in place: same numbers, same state, and undone again."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks.harness import relative_error
+from benchmarks.published import PublishedEncoder, PublishedPredictor
+from stopfast import Predictor, accelerate
+from stopfast.kernels._launch import watch_launches
+from stopfast.kernels.ops import EAGER, FUSED, Ops
+from tests.small_predictor import D, N, P, inputs, small
+
+BOTH = pytest.mark.parametrize("ops", [EAGER, FUSED], ids=["eager", "fused"])
+
+
+def published(**settings) -> PublishedPredictor:
+    torch.manual_seed(0)
+    sizes = dict(num_patches=N, embed_dim=D, predictor_embed_dim=P, depth=2, num_heads=2)
+    predictor = PublishedPredictor(**{**sizes, **settings})
+    with torch.no_grad():
+        for parameter in predictor.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return predictor
+
+
+def outcome(module: nn.Module, *arguments, **call) -> list[Tensor]:
+    """The output and every gradient."""
+    module.zero_grad()
+    out = module(*arguments, **call)
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(3))
+    (out * cotangent).sum().backward()
+    return [out.detach(), *(p.grad for p in module.parameters() if p.grad is not None)]
+
+
+def assert_close(got: list[Tensor], expected: list[Tensor]) -> None:
+    assert len(got) == len(expected)
+    assert all(relative_error(a, b) < 1e-5 for a, b in zip(got, expected, strict=True))
+
+
+@BOTH
+def test_predictor(ops: Ops):
+    theirs = published()
+    x, masks_x, masks = inputs(contexts=2)
+    expected = outcome(theirs, x, masks_x, masks)
+    state = {k: v.clone() for k, v in theirs.state_dict().items()}
+    done = accelerate(theirs, ops=ops)
+    assert done.replaced == [""]
+    with watch_launches() as launches:
+        assert_close(outcome(theirs, x, masks_x, masks), expected)
+    assert bool(launches) == (ops is FUSED)
+    assert type(theirs) is PublishedPredictor
+    assert theirs.state_dict().keys() == state.keys()
+    done.undo()
+    assert "forward" not in vars(theirs)
+    with watch_launches() as launches:
+        assert_close(outcome(theirs, x, masks_x, masks), expected)
+    assert not launches
+
+
+def test_stop_with_given_noise_and_drawn():
+    theirs = published(apply_stop=True, noise_var=0.3)
+    x, masks_x, masks = inputs()
+    noise = [torch.randn(len(x), masks[0].shape[1], D) for _ in masks]
+    expected = outcome(theirs, x, masks_x, masks, noise=noise)
+    before = torch.get_rng_state()
+    accelerate(theirs, ops=FUSED)
+    assert torch.equal(before, torch.get_rng_state())
+    assert theirs.noise_var == 0.3
+    assert_close(outcome(theirs, x, masks_x, masks, noise=noise), expected)
+    ours = small(apply_stop=True, noise_var=0.3)
+    ours.load_state_dict(theirs.state_dict())
+    assert relative_error(theirs(x, masks_x, masks, seed=5), ours(x, masks_x, masks, seed=5)) < 1e-5
+
+
+@BOTH
+def test_encoder_blocks(ops: Ops):
+    torch.manual_seed(0)
+    encoder = PublishedEncoder(img_size=(16,), patch_size=4, embed_dim=D, depth=2, num_heads=2)
+    images = torch.randn(2, 3, 16, 16)
+    expected = outcome(encoder, images)
+    done = accelerate(encoder, ops=ops)
+    assert done.replaced == ["blocks.0", "blocks.1"]
+    assert_close(outcome(encoder, images), expected)
+    done.undo()
+    assert_close(outcome(encoder, images), expected)
+
+
+@BOTH
+def test_timm(ops: Ops):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, embed_dim=D, depth=2, num_heads=2, num_classes=0
+    )
+    images = torch.randn(2, 3, 32, 32)
+    expected = outcome(model, images)
+    done = accelerate(model, ops=ops)
+    assert done.replaced == ["blocks.0", "blocks.1"]
+    assert_close(outcome(model, images), expected)
+
+
+def test_what_is_not_the_same_is_kept():
+    """Random, further learned, or otherwise different blocks keep their own implementation."""
+    torch.manual_seed(0)
+    encoder = PublishedEncoder(img_size=(16,), patch_size=4, embed_dim=D, depth=4, num_heads=2)
+    random, scaled, other, _ = encoder.blocks
+    random.attn.attn_drop = nn.Dropout(0.1)
+    scaled.gamma = nn.Parameter(torch.zeros(D))
+    other.mlp.act = nn.ReLU()
+    other.forward = lambda x: x + other.mlp.fc2(other.mlp.act(other.mlp.fc1(x)))
+    done = accelerate(encoder, ops=EAGER)
+    assert done.replaced == ["blocks.3"]
+    assert "Dropout is random" in done.kept["blocks.0"]
+    assert "differs" in done.kept["blocks.2"]
+    done.undo()
+    with pytest.raises(ValueError, match="expected a model with blocks"):
+        accelerate(nn.Linear(2, 2))
+
+
+def test_copies_and_updates_are_followed():
+    """A deep copy computes with its own weights, a moved or reloaded module with the new ones."""
+    theirs = published()
+    x, masks_x, masks = inputs()
+    accelerate(theirs, ops=EAGER)
+    twin = copy.deepcopy(theirs)
+    out = theirs(x, masks_x, masks)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.zero_()
+    assert torch.equal(twin(x, masks_x, masks), out)
+    assert not theirs(x, masks_x, masks).any()
+    theirs.load_state_dict(twin.state_dict())
+    assert torch.equal(theirs(x, masks_x, masks), out)
+    file = io.BytesIO()
+    torch.save(theirs, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False)(x, masks_x, masks), out)
+    theirs.mask_token = nn.Parameter(torch.ones_like(theirs.mask_token))
+    assert not torch.equal(theirs(x, masks_x, masks), out)
+    assert theirs.double()(x.double(), masks_x, masks).dtype == torch.float64
+
+
+def test_our_own_and_several():
+    """Modules of stopfast get the operations; several models are done at once."""
+    ours, theirs = small(), published()
+    done = accelerate({"ours": ours, "theirs": theirs}, ops=FUSED)
+    assert ours.ops is FUSED and ours.predictor_blocks[0].mlp.ops is FUSED
+    assert "theirs" in done.replaced
+    assert isinstance(ours, Predictor)
+    done.undo()
+    assert ours.ops.name == "auto" and "forward" not in vars(theirs)
+
+
+def test_loss():
+    done = accelerate(small(), ops=EAGER)
+    features, (_, _, masks) = torch.randn(3, N, D), inputs()
+    prediction = torch.randn(len(masks) * 3, masks[0].shape[1], D)
+    target = nn.functional.layer_norm(features, (D,))
+    rows = torch.cat([target.gather(1, m[..., None].expand(-1, -1, D)) for m in masks])
+    expected = nn.functional.smooth_l1_loss(prediction, rows)
+    assert relative_error(done.loss(prediction, features, masks), expected) < 1e-6
+
+
+def test_compiles():
+    theirs = published()
+    x, masks_x, masks = inputs()
+    expected = outcome(theirs, x, masks_x, masks)
+    accelerate(theirs, ops=FUSED)
+    compiled = torch.compile(theirs, backend="aot_eager")
+    assert relative_error(compiled(x, masks_x, masks), expected[0]) < 1e-5
