@@ -1,4 +1,4 @@
-"""The command line: ``stopfast pretrain``, ``stopfast evaluate``, ``stopfast env``."""
+"""The command line: ``stopfast pretrain``, ``evaluate``, ``verify``, ``env``."""
 
 import json
 import sys
@@ -11,15 +11,18 @@ import tyro
 from rich.console import Console
 
 from stopfast import env
+from stopfast.build import choose_device
 from stopfast.config import PRESETS, Config, to_document
 from stopfast.evaluate import Which, evaluate_checkpoint, print_evaluation, save_evaluation
 from stopfast.train import pretrain
+from stopfast.verify import print_rows, read_config, verify
 
 USAGE = """usage: stopfast COMMAND ...
 
 commands:
   pretrain PRESET [--section.field VALUE ...]   train an encoder on a folder of images
   evaluate CHECKPOINT --data DIR                kNN and linear accuracy of a trained encoder
+  verify --config PRESET|PATH                   fused operations against eager ones, on your settings
   env                                           what is installed, what is used, what fell back
 
 `stopfast COMMAND --help` tells more.
@@ -43,20 +46,34 @@ class EvaluateArguments:
     """JSON file to write the result to."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class VerifyArguments:
+    """Compare the fused operations with the eager ones: forward, every gradient, updates, losses."""
+
+    config: str
+    """A preset, a JSON file of settings, or the folder of a run or checkpoint."""
+    checkpoint: Path | None = None
+    """Folder of a run or checkpoint whose weights to begin with."""
+    steps: int = 10
+    """Length of the stretch of training whose losses are laid over each other."""
+    images: int | None = None
+    """Random images of a step; default: the settings' batch."""
+    device: str = "auto"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; return 0, or 2 after one line that says what was wrong with the request."""
+    """Run a command; return 0, 1 where a verification fails, 2 after a line on what was wrong."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    commands = {"pretrain": _pretrain, "evaluate": _evaluate, "env": _env}
+    commands = {"pretrain": _pretrain, "evaluate": _evaluate, "verify": _verify, "env": _env}
     if not arguments or arguments[0] not in commands:
         asked_for_help = bool(arguments) and arguments[0] in ("-h", "--help")
         print(USAGE, end="", file=sys.stdout if asked_for_help else sys.stderr)
         return 0 if asked_for_help else 2
     try:
-        commands[arguments[0]](arguments[1:])
+        return commands[arguments[0]](arguments[1:]) or 0
     except (ValueError, RuntimeError, FloatingPointError, OSError) as error:
         print(f"stopfast: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _pretrain(arguments: Sequence[str]) -> None:
@@ -83,6 +100,19 @@ def _evaluate(arguments: Sequence[str]) -> None:
     print_evaluation(evaluation, Console(soft_wrap=True, highlight=False))
     if asked.save is not None:
         save_evaluation(evaluation, asked.save)
+
+
+def _verify(arguments: Sequence[str]) -> int:
+    asked = tyro.cli(VerifyArguments, prog="stopfast verify", args=arguments)
+    rows = verify(
+        read_config(asked.config),
+        checkpoint=asked.checkpoint,
+        steps=asked.steps,
+        images=asked.images,
+        device=choose_device(asked.device),
+    )
+    print_rows(rows, Console(soft_wrap=True, highlight=False))
+    return int(not all(row.passed for row in rows))
 
 
 def _env(arguments: Sequence[str]) -> None:
