@@ -83,6 +83,18 @@ def _on_gpu(arm: Callable[[], object]) -> float:
     return start.elapsed_time(end)
 
 
+def peak_bytes(arm: Callable[[], object], device: torch.device) -> int | None:
+    """What the arm allocates at most beyond its inputs; not known on a CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    arm()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def relative_error(value: torch.Tensor | None, expected: torch.Tensor | None) -> float:
     """|value - expected| / |expected| in double precision; an absent gradient counts as zero."""
     if value is None or expected is None:

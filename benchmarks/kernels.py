@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from benchmarks.harness import Timing, compare, write_results
+from benchmarks.harness import Timing, compare, peak_bytes, write_results
 from benchmarks.libraries import library_arms
 from stopfast.kernels.cases import CASES, Case, moved_bytes
 from stopfast.kernels.ops import EAGER, FUSED
@@ -174,18 +174,6 @@ def rates(timing: Timing, moved: int, flops: int, roof: Roof) -> dict[str, float
         "TFLOP/s": flops / seconds / 1e12,
         "share_of_roof": share,
     }
-
-
-def peak_bytes(arm: Arm, device: torch.device) -> int | None:
-    """What the arm allocates at most beyond its inputs; not known on a CPU."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    arm()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
 
 
 def print_rows(rows: list[dict[str, Any]], console: Console) -> None:

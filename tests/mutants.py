@@ -5,10 +5,7 @@ copy of the source, and the case's tests (those marked `spec(case)`) are run on 
 they must pass on the copy without it.
 """
 
-import os
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,8 +17,8 @@ import safetensors  # noqa: F401
 import torch
 import torch.optim.swa_utils  # noqa: F401
 
-ROOT = Path(__file__).resolve().parent.parent
-COPIED = ("stopfast", "kernels", "tests", "benchmarks", "pyproject.toml")
+from tests.mutation import run_on_copy
+
 CASES = range(1, 29)
 FAILED, PASSED = pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.OK
 
@@ -114,9 +111,8 @@ MUTANTS = (
         9,
         "target blocks share what they see",
         PREDICTOR,
-        "depth, kept = len(self.predictor_blocks), context.shape[1]",
-        "depth, kept = len(self.predictor_blocks), context.shape[1]\n"
-        "        queries = queries + queries.mean((0, 1), True)",
+        "depth = len(self.predictor_blocks)",
+        "depth = len(self.predictor_blocks)\n        x = x + x.mean((0, 1), True)",
     ),
     Mutant(
         10,
@@ -146,7 +142,7 @@ MUTANTS = (
         "get_ema_multi_avg_fn(momentum)",
         "get_ema_multi_avg_fn(1 - momentum)",
     ),
-    Mutant(12, "squared error", REFERENCE, "F.smooth_l1_loss", "F.mse_loss"),
+    Mutant(12, "squared error", REFERENCE, "return F.smooth_l1_loss", "return F.mse_loss"),
     Mutant(13, "norms decayed", OPTIM, '"bias" in n or p.ndim == 1', '"bias" in n'),
     Mutant(13, "mask token not decayed", OPTIM, "or p.ndim == 1", "or p.ndim != 2"),
     Mutant(
@@ -221,8 +217,8 @@ MUTANTS = (
         22,
         "noise has a weight of its own",
         PREDICTOR,
-        "noise_weight = weight if",
-        "noise_weight = torch.ones_like(weight) if",
+        "projection = weight if",
+        "projection = torch.ones_like(weight) if",
     ),
     Mutant(
         23,
@@ -267,7 +263,7 @@ MUTANTS = (
         28,
         "untied noise shares the context's weight",
         PREDICTOR,
-        "weight if self.noise_embed is None else self.noise_embed.weight",
+        "weight if own is None else own.weight",
         "weight",
     ),
 )
@@ -295,41 +291,11 @@ def run_copy(cases: set[int], mutant: Mutant | None) -> int:
     Raises:
         ValueError: the mutant's text is not in its file exactly once, or a case has no test.
     """
-    with tempfile.TemporaryDirectory() as name:
-        copy = Path(name)
-        for entry in COPIED:
-            source = ROOT / entry
-            if source.is_dir():
-                shutil.copytree(
-                    source,
-                    copy / entry,
-                    symlinks=True,
-                    ignore=shutil.ignore_patterns("__pycache__"),
-                )
-            else:
-                shutil.copy(source, copy / entry)
-        if mutant is not None:
-            path = copy / mutant.file
-            text = path.read_text()
-            if text.count(mutant.right) != 1:
-                raise ValueError(
-                    f"case {mutant.case}: {mutant.right!r} is not once in {mutant.file}"
-                )
-            path.write_text(text.replace(mutant.right, mutant.wrong))
-        child = os.fork()
-        if child == 0:
-            os._exit(_test(copy, cases))
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    mistake = None if mutant is None else (mutant.file, mutant.right, mutant.wrong)
+    return run_on_copy(mistake, lambda copy: _test(copy, cases))
 
 
 def _test(copy: Path, cases: set[int]) -> int:
-    os.chdir(copy)
-    sys.path.insert(0, str(copy))
-    for name in [n for n in sys.modules if n.split(".")[0] in ("stopfast", "tests", "benchmarks")]:
-        del sys.modules[name]
-    silent = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silent, 1)
-    os.dup2(silent, 2)
     only = Only(cases)
     files = [str(p) for p in sorted(copy.glob("tests/test_*.py")) if "mark.spec" in p.read_text()]
     options = ["-q", "-x", "-p", "no:cacheprovider", f"--rootdir={copy}", *files]

@@ -1,6 +1,7 @@
 """The list of mutants is in step with the source: `python -m tests.mutants` runs them."""
 
-from tests.mutants import CASES, MUTANTS, ROOT
+from tests.mutants import CASES, MUTANTS
+from tests.mutation import ROOT
 
 
 def test_every_case_has_a_mutant_that_applies():

@@ -89,6 +89,10 @@ def test_autocast(dtype: torch.dtype):
     assert recorder.query_tokens.dtype == recorder.context_tokens.dtype == torch.float32
     assert out.isfinite().all() and relative_error(out.float(), exact) < 0.05
     assert (recorder.query_tokens - exact_queries).abs().max() < 0.02
+    with torch.autocast("cpu", dtype):
+        predictor(x, masks_x, masks, noise=[torch.zeros(len(x), KY, D)] * len(masks))
+    positions = predictor.predictor_pos_embed[0][torch.cat(masks)]
+    assert torch.equal(recorder.query_tokens, positions + predictor.predictor_embed.bias)
 
 
 @pytest.mark.parametrize(
