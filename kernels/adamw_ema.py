@@ -69,8 +69,7 @@ def _adamw_ema_kernel(
         kept = at < end
         mean += gain1 * (slope - mean)
         square += gain2 * (slope * slope - square)
-        value -= shrink * value
-        value -= tl.div_rn(rate * mean, tl.sqrt_rn(square) + floor)
+        value -= shrink * value + tl.div_rn(rate * mean, tl.sqrt_rn(square) + floor)
         tl.store(param + at, value, mask=kept)
         tl.store(exp_avg + at, mean, mask=kept)
         tl.store(exp_avg_sq + at, square, mask=kept)

@@ -13,6 +13,7 @@ from stopfast.models import published_norm
 from stopfast.objectives.jepa import Jepa
 from stopfast.predictor import Predictor
 from stopfast.schedules import Cosine, LinearMomentum
+from stopfast.step import TrainStep
 
 
 def choose_device(name: str) -> torch.device:
@@ -106,5 +107,17 @@ def build_objective(config: Config, steps_per_epoch: int) -> Jepa:
         clip=optim.clip,
         clip_norm=optim.clip_norm,
         clip_encoder_only=optim.clip_encoder_only,
+        ops=config.step.ops,
+    )
+
+
+def build_step(config: Config, objective: Jepa, device: torch.device) -> TrainStep:
+    """Return the optimiser step of these settings for an objective, which moves to ``device``."""
+    return TrainStep(
+        objective,
+        precision=config.step.precision,
+        accumulate=config.step.accumulate,
+        device=device,
+        optimizer=config.optim.optimizer,
         ops=config.step.ops,
     )

@@ -148,6 +148,8 @@ class OptimConfig:
     clip_norm: float = 1.0
     clip_encoder_only: bool = False
     """Clip the encoder's gradients alone, as the published StoP does."""
+    optimizer: Literal["auto", "adamw_ema", "torch", "apex"] = "auto"
+    """Implementation of AdamW and of the average; see ``stopfast.optim.build_optimizer``."""
 
     def __post_init__(self) -> None:
         _require(self.epochs > 0, f"expected epochs > 0, got {self.epochs}")
@@ -171,7 +173,8 @@ class StepConfig:
     """Micro-batches of one step; with ``truncate_over="global"`` they equal the big batch."""
     checkpointing: bool = False
     """Recompute each block's activations in backward."""
-    ops: Literal["auto", "eager"] = "auto"
+    ops: Literal["auto", "eager", "fused"] = "auto"
+    """Implementation of the operations; ``auto`` is eager on the CPU and by measurement on a GPU."""
 
     def __post_init__(self) -> None:
         _require(self.accumulate > 0, f"expected accumulate > 0, got {self.accumulate}")

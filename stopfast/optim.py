@@ -1,14 +1,22 @@
 """The optimiser of an objective: parameter groups, clipping, and the moving average of a teacher."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from stopfast.env import has_symbol
+from stopfast.flat_adamw import FlatAdamW
+from stopfast.kernels.ops import Ops, resolve_ops
+
 Clip = Literal["none", "global", "per_tensor"]
+Implementation = Literal["auto", "adamw_ema", "torch", "apex"]
+Pairs = Sequence[tuple[nn.Module, nn.Module]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,16 +48,93 @@ def parameter_groups(modules: Iterable[nn.Module]) -> list[dict[str, Any]]:
     return decayed + plain
 
 
-def build_optimizer(recipe: OptimizerRecipe) -> torch.optim.AdamW:
-    """Return the AdamW of a recipe; :func:`set_scalars` gives it each step's values."""
-    return torch.optim.AdamW(recipe.groups, lr=0.0, betas=recipe.betas, eps=recipe.eps, fused=True)
+def build_optimizer(
+    recipe: OptimizerRecipe,
+    pairs: Pairs = (),
+    implementation: Implementation = "auto",
+    ops: Ops | str = "auto",
+) -> torch.optim.Optimizer:
+    """Return an AdamW whose ``step`` also moves the teachers, unless a ``GradScaler`` leaves it out.
+
+    :func:`set_scalars` gives it each step's values.
+
+    Args:
+        recipe: groups and constants.
+        pairs: (student, teacher) modules with equal parameters.
+        implementation: ``"adamw_ema"`` is :class:`stopfast.flat_adamw.FlatAdamW`, ``"torch"`` is PyTorch's
+            fused AdamW and ``"apex"`` is NVIDIA apex's FusedAdam, each with an average of its own pass.
+        ops: what computes ``"adamw_ema"``.
+
+    Raises:
+        ValueError: an implementation that is unknown or not installed; teachers in half precision.
+    """
+    settings: dict[str, Any] = {"lr": 0.0, "betas": recipe.betas, "eps": recipe.eps}
+    if implementation == "adamw_ema":
+        teachers = _teachers(recipe, pairs)
+        return FlatAdamW(recipe.groups, **settings, teachers=teachers, ops=resolve_ops(ops))
+    if implementation in (
+        "auto",
+        "torch",
+    ):  # what no measurement has shown to be faster is not automatic
+        optimizer = torch.optim.AdamW(recipe.groups, **settings, fused=True)
+    elif implementation == "apex":
+        optimizer = _apex_fused_adam()(recipe.groups, **settings, adam_w_mode=True)
+    else:
+        raise ValueError(f"expected auto, adamw_ema, torch or apex, got {implementation!r}")
+    optimizer.register_step_post_hook(partial(_average, pairs))
+    return optimizer
+
+
+def _teachers(recipe: OptimizerRecipe, pairs: Pairs) -> dict[Tensor, Tensor]:
+    """The teacher of each parameter that is trained; the others have nothing to follow.
+
+    Raises:
+        ValueError: a parameter that is not trained and of which the teacher differs.
+    """
+    trained = {parameter for group in recipe.groups for parameter in group["params"]}
+    teachers: dict[Tensor, Tensor] = {}
+    for student, teacher in pairs:
+        theirs = zip(student.named_parameters(), teacher.parameters(), strict=True)
+        for (name, parameter), followed in theirs:
+            if parameter in trained:
+                teachers[parameter] = followed
+            elif not torch.equal(parameter, followed):
+                raise ValueError(f"{name}: expected a teacher that equals what is not trained")
+    return teachers
+
+
+def _average(pairs: Pairs, optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """Move the teachers after a step of an optimiser that does not do it itself."""
+    found_inf = getattr(optimizer, "found_inf", None)  # of a GradScaler whose steps are fused
+    if isinstance(found_inf, Tensor) and found_inf.item():
+        return
+    for student, teacher in pairs:
+        update_teacher(teacher, student, optimizer.param_groups[0]["teacher_momentum"])
+
+
+def _apex_fused_adam() -> Any:  # noqa: ANN401
+    """NVIDIA's optimiser.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    if not has_symbol("apex.optimizers", "FusedAdam"):
+        raise ValueError(
+            "expected apex.optimizers.FusedAdam for the optimizer 'apex', which is not installed: build "
+            "NVIDIA's apex from https://github.com/NVIDIA/apex; PyPI's package of that name is another"
+        )
+    return import_module("apex.optimizers").FusedAdam
 
 
 def set_scalars(optimizer: torch.optim.Optimizer, scalars: Mapping[str, float]) -> None:
-    """Set the step's ``lr`` and ``weight_decay``; groups that are not decayed keep a decay of 0."""
+    """Set the step's ``lr``, ``weight_decay`` and, with teachers, ``momentum``.
+
+    Groups that are not decayed keep a decay of 0. The momentum goes by the name ``"teacher_momentum"``.
+    """
     for group in optimizer.param_groups:
         group["lr"] = scalars["lr"]
         group["weight_decay"] = scalars["weight_decay"] if group["decayed"] else 0.0
+        group["teacher_momentum"] = scalars.get("momentum")
 
 
 def clip_gradients(recipe: OptimizerRecipe) -> None:

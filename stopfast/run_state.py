@@ -24,8 +24,10 @@ from stopfast.step import TrainStep
 _FREE = {
     "run": ("output", "resume", "dry_run", "device", "log_every", "checkpoint_every"),
     "data": ("threads",),
+    "step": ("ops",),
+    "optim": ("optimizer",),
 }
-"""Settings that do not change what a run computes, by section; a resume may change them."""
+"""Settings that do not change what a run computes but for rounding; a resume may change them."""
 
 _KEPT = 2
 """Checkpoints of a run that stay."""

@@ -5,8 +5,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from stopfast.kernels.ops import Ops
 from stopfast.objectives import Objective
-from stopfast.optim import build_optimizer, clip_gradients, set_scalars, update_teacher
+from stopfast.optim import Implementation, build_optimizer, clip_gradients, set_scalars
 
 Precision = Literal["fp32", "bf16", "fp16"]
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -20,14 +21,21 @@ class StepResult(NamedTuple):
 
 
 class TrainStep:
-    """Forward, backward, clipping, update, and then the teachers' average of the updated weights.
+    """Forward, backward, clipping, and the update with the teachers' average of the updated weights.
 
     The gradient is the mean over ``accumulate`` equal micro-batches. Weights, optimiser and average are
     fp32; bf16 and fp16 are autocast. fp16 scales the loss and leaves out a step whose gradients
     overflow, average included; ``skipped`` counts these.
 
+    Args:
+        objective: what is trained; its modules move to ``device``.
+        precision: of the computation.
+        accumulate: micro-batches of one step.
+        device: where.
+        optimizer, ops: implementation of the update; see :func:`stopfast.optim.build_optimizer`.
+
     Raises:
-        ValueError: an unknown precision.
+        ValueError: an unknown precision, or an optimiser that cannot be had.
     """
 
     def __init__(
@@ -37,6 +45,8 @@ class TrainStep:
         precision: Precision = "fp32",
         accumulate: int = 1,
         device: torch.device | str = "cpu",
+        optimizer: Implementation = "auto",
+        ops: Ops | str = "auto",
     ) -> None:
         if precision not in ("fp32", *_AUTOCAST):
             raise ValueError(f"expected precision fp32, bf16 or fp16, got {precision!r}")
@@ -45,7 +55,7 @@ class TrainStep:
         for module in objective.modules().values():
             module.to(self.device)
         self.recipe = objective.optimizer_recipe()
-        self.optimizer = build_optimizer(self.recipe)
+        self.optimizer = build_optimizer(self.recipe, objective.teacher_pairs(), optimizer, ops)
         self.accumulate = accumulate
         self.autocast = _AUTOCAST.get(precision)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")  # type: ignore[attr-defined]
@@ -75,22 +85,19 @@ class TrainStep:
             self.scaler.scale(share).backward()
             total = share.detach() if total is None else total + share.detach()
         assert total is not None
-        self._update(scalars)
+        self._update()
         return StepResult(total, scalars)
 
-    def _update(self, scalars: dict[str, float]) -> None:
+    def _update(self) -> None:
         if self.recipe.clip != "none":
             self.scaler.unscale_(self.optimizer)
             clip_gradients(self.recipe)
         scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         if self.scaler.is_enabled() and self.scaler.get_scale() < scale:
             self.skipped += 1
-            return
-        for student, teacher in self.objective.teacher_pairs():
-            update_teacher(teacher, student, scalars["momentum"])
 
     def state_dict(self) -> dict[str, Any]:
         """Optimiser and loss-scale state; the weights belong to the objective's modules."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from stopfast.build import build_objective, choose_device
+from stopfast.build import build_objective, build_step, choose_device
 from stopfast.checkpoint import step_checkpoints
 from stopfast.config import Config
 from stopfast.data.digits import digits_folder
@@ -32,12 +32,7 @@ def pretrain(config: Config, console: Console) -> Path:
     folder = training_folder(config)
     plan = TrainPlan(len(folder), config.data.batch_size, config.data.transforms, config.run.seed)
     objective = build_objective(config, plan.steps_per_epoch)
-    step = TrainStep(
-        objective,
-        precision=config.step.precision,
-        accumulate=config.step.accumulate,
-        device=device,
-    )
+    step = build_step(config, objective, device)
     last_step = config.optim.epochs * plan.steps_per_epoch
     done = 0
     if config.run.resume or step_checkpoints(output):
