@@ -1,0 +1,162 @@
+"""Show that the tests of the fused operations can fail: `python -m tests.kernel_mutants [OPERATION ...]`.
+
+Each mistake is made in a copy of the source, and that operation's tests are run on the copy, without a
+GPU: they must fail, and they must pass on a copy without it. At least 95 % have to be caught.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+# Imported before the fork, so that each copy need not. Triton is not: it has to see the variable first.
+import numpy  # noqa: F401
+import pytest
+import torch
+import torch._dynamo
+
+from tests.mutation import run_on_copy
+
+GOAL = 0.95
+
+
+class Mutant(NamedTuple):
+    """A mistake: text that is once in a file of an operation, and what it becomes."""
+
+    operation: str
+    mistake: str
+    file: str
+    right: str
+    wrong: str
+
+
+TESTS = {
+    "predictor_tokens": ("tests/test_kernels.py", "tests/test_real_shapes.py"),
+    "target_smooth_l1": ("tests/test_kernels.py", "tests/test_real_shapes.py"),
+    "attention": ("tests/test_kernels.py", "tests/test_real_shapes.py", "tests/test_attention.py"),
+    "layer_norm": ("tests/test_kernels.py", "tests/test_dtypes.py"),
+    "linear_gelu": ("tests/test_kernels.py", "tests/test_dtypes.py"),
+    "adamw_ema": ("tests/test_kernels.py", "tests/test_adamw_ema.py"),
+    "multiblock_masks": ("tests/test_kernels.py",),
+}
+"""By operation, the files of its tests; of those that serve several, the tests that name it are run."""
+
+TOKENS, GRADIENTS = "kernels/_token_kernels.py", "kernels/_token_gradients.py"
+PHILOX, LOSS, WRAPPER = "kernels/_philox.py", "kernels/target_smooth_l1.py", "kernels/predictor_tokens.py"
+
+P, S = "predictor_tokens", "target_smooth_l1"
+MUTANTS = (
+    Mutant(P, "32-bit rows", TOKENS, "row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)",
+           "row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)"),
+    Mutant(P, "last row written by nobody", TOKENS, "    inside = row < rows\n", "    inside = row < rows - 1\n"),
+    Mutant(P, "padding not masked in the kernel", TOKENS,
+           "        real = inside & (token < tl.load(lengths + (0 if CONTEXT else 1)))", "        real = inside"),
+    Mutant(P, "the other kind's length", TOKENS,
+           "        real = inside & (token < tl.load(lengths + (0 if CONTEXT else 1)))",
+           "        real = inside & (token < tl.load(lengths + (1 if CONTEXT else 0)))"),
+    Mutant(P, "lengths off by one", TOKENS,
+           "        real = inside & (token < tl.load(lengths + (0 if CONTEXT else 1)))",
+           "        real = inside & (token <= tl.load(lengths + (0 if CONTEXT else 1)))"),
+    Mutant(P, "x's strides swapped", TOKENS, "x + sequence * x_sequence + token * x_token",
+           "x + sequence * x_token + token * x_sequence"),
+    Mutant(P, "channels beyond the width read", TOKENS, "both = real[:, None] & (d < depth)[None, :]",
+           "both = real[:, None] & (d < depth + 1)[None, :]"),
+    Mutant(P, "vector dropped", TOKENS, "    if added is not None:\n", "    if added is None:\n"),
+    Mutant(P, "position of the next row of the table", TOKENS, "(pos_embed + position * columns)",
+           "(pos_embed + position * columns + 1)"),
+    Mutant(P, "context written to one sequence only", TOKENS, "for repeat in range(repeats):", "for repeat in range(1):"),
+    Mutant(P, "queries' first slot forgotten", TOKENS, "(sequence * slots + first_slot + token)",
+           "(sequence * slots + token)"),
+    Mutant(P, "image and copy swapped", TOKENS, "image = sequence % batch", "image = sequence // copies % batch"),
+    Mutant(P, "places of another image", TOKENS, "at = (block * batch + image) * tokens + token",
+           "at = block * tokens + token"),
+    Mutant(P, "copies share noise", TOKENS,
+           "token | (block << 16) | (copy << 24)", "token | (block << 16)"),
+    Mutant(P, "context drawn as a query", TOKENS, "token | (copy << 24) | 0x80000000", "token | (copy << 24)"),
+    Mutant(P, "noise not scaled", TOKENS, "        noise = (\n", "        noise = (1 / std) * (\n"),
+    Mutant(P, "every tile draws the first channels", TOKENS, "first_quad = channel // 4", "first_quad = 0"),
+    Mutant(P, "explicit draws' rows confused", TOKENS, "given = explicit + row[:, None] * channels",
+           "given = explicit + image[:, None] * channels"),
+    Mutant(P, "rows of the last range twice", TOKENS, "position = tl.load(index + at, mask=real, other=-1)",
+           "position = tl.load(index + at, mask=real, other=0)"),
+    Mutant(P, "positions summed at the wrong place", TOKENS, "chosen = (n[:, None] == position[None, :])",
+           "chosen = (n[:, None] == position[None, :] + 1)"),
+    Mutant(P, "padded rows enter the weight's gradient", GRADIENTS,
+           "        x = torch.where(real[:kept, None], x, 0)\n", ""),
+    Mutant(P, "gradient of one copy of the context", GRADIENTS,
+           "gradient[:, :, :kept].sum(0, dtype=torch.float32)", "gradient[0, :, :kept].float()"),
+    Mutant(P, "vector's gradient from all slots", GRADIENTS, "on_query = gradient[:, :, kept:]",
+           "on_query = gradient[:, :, : gradient.shape[2] - kept]"),
+    Mutant(P, "noise missing from the tied weight's gradient", GRADIENTS,
+           "to_weight, to_noise = to_weight.float() + to_noise, None", "to_weight, to_noise = to_weight.float(), None"),
+    Mutant(P, "a range of rows left out", GRADIENTS, "return rows_each, triton.cdiv(rows, rows_each)",
+           "return rows_each, max(1, rows // rows_each)"),
+    Mutant(P, "second normal is the first", PHILOX, "n0, n1 = normal_pair(w0, w1)",
+           "n0, _ = normal_pair(w0, w1)\n    n1 = n0"),
+    Mutant(P, "sine's sign", PHILOX, "s = tl.where(quadrant >= 2, -s, s)", "s = tl.where(quadrant > 2, -s, s)"),
+    Mutant(P, "sample in 16 bits", PHILOX, "sample.to(tl.uint32)", "(sample & 1).to(tl.uint32)"),
+    Mutant(P, "step not in the counter", PHILOX, "+ step.to(tl.uint32)", "+ (step * 0).to(tl.uint32)"),
+    Mutant(P, "normals interleaved wrongly", PHILOX, "tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))",
+           "tl.interleave(tl.interleave(n0, n1), tl.interleave(n2, n3))"),
+    Mutant(P, "bias and offset swapped", WRAPPER, "bias if is_context else offset", "offset if is_context else bias"),
+    Mutant(P, "own projection of the noise ignored", WRAPPER,
+           "(noise_weight if noise_weight is not None else weight) if projected", "weight if projected"),
+    Mutant(S, "mean not removed", LOSS, "target - mean[:, None]", "target"),
+    Mutant(S, "eps outside the root", LOSS, "/ width + 1e-5)", "/ width) + 1e-5"),
+    Mutant(S, "variance unbiased", LOSS, "centred * centred, 1) / width", "centred * centred, 1) / (width - 1)"),
+    Mutant(S, "beta of 2", LOSS, "slope = tl.where(size < 1.0", "slope = tl.where(size < 2.0"),
+    Mutant(S, "linear part without its half", LOSS, "size - 0.5)", "size)"),
+    Mutant(S, "padding counted", LOSS, "count = (rows // tokens * length).to(tl.float32) * width",
+           "count = rows * 1.0 * width"),
+    Mutant(S, "padding read", LOSS, "real = inside & (token < length)", "real = inside & (token <= length)"),
+    Mutant(S, "image of another sequence", LOSS, "image = sequence % batch", "image = sequence // batch % batch"),
+    Mutant(S, "token's stride for the image's", LOSS, "image[:, None] * features_image", "image[:, None] * features_token"),
+    Mutant(S, "sign of the linear slope", LOSS, "tl.where(error > 0, 1.0, -1.0)", "tl.where(error > 0, 1.0, 1.0)"),
+    Mutant(S, "incoming gradient ignored", LOSS, "(tl.load(upstream) / count)", "(1.0 / count)"),
+)  # fmt: skip
+
+
+def run_tests(copy: Path, operation: str) -> int:
+    """Run one operation's tests inside a copy of the source; return pytest's exit code."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    shared = ["tests/test_kernels.py", "tests/test_real_shapes.py", "tests/test_dtypes.py"]
+    ignored = ["-q", "-x", "-p", "no:cacheprovider", f"--rootdir={copy}"]
+    for files in (shared, [f for f in TESTS[operation] if f not in shared]):
+        chosen = [str(copy / f) for f in files if f in TESTS[operation] and (copy / f).exists()]
+        if not chosen:
+            continue
+        named = ["-k", operation] if files is shared else []
+        code = pytest.main([*ignored, *chosen, *named])
+        if code != pytest.ExitCode.OK:
+            return int(code)
+    return 0
+
+
+def main(operations: list[str]) -> int:
+    """Print a line a mutant; return 0 if enough are caught and every operation passes without one."""
+    chosen = set(operations) or set(TESTS)
+    if chosen - set(TESTS):
+        print(f"expected operations from {sorted(TESTS)}, got {sorted(chosen)}")
+        return 1
+    torch.set_num_threads(1)
+    clean = True
+    for operation in sorted(chosen):
+        code = run_on_copy(None, lambda copy, name=operation: run_tests(copy, name))
+        clean = clean and code == 0
+        print(f"{'passed' if code == 0 else f'FAILED ({code})'}  {operation} without a mistake", flush=True)
+    caught, survivors = 0, []
+    for mutant in (m for m in MUTANTS if m.operation in chosen):
+        mistake = (mutant.file, mutant.right, mutant.wrong)
+        code = run_on_copy(mistake, lambda copy, name=mutant.operation: run_tests(copy, name))
+        verdict = "caught" if code == pytest.ExitCode.TESTS_FAILED else f"SURVIVED ({code})"
+        caught += code == pytest.ExitCode.TESTS_FAILED
+        survivors += [] if verdict == "caught" else [mutant]
+        print(f"{verdict}  {mutant.operation}: {mutant.mistake}", flush=True)
+    total = caught + len(survivors)
+    share = caught / total if total else 1.0
+    print(f"{caught} of {total} mutants caught ({share:.0%}, goal {GOAL:.0%})")
+    return int(not clean or share < GOAL)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
