@@ -103,7 +103,8 @@ def _write(
         tl.store(out, total, mask=inside[:, None] & held[None, :])
 
 
-@triton.jit
+# Lengths change from step to step: were they specialised, a kernel would compile again for some.
+@triton.jit(do_not_specialize=["rows", "tokens", "slots", "first_slot"])
 def tokens_kernel(
     x, weight, noise_weight, explicit, added, pos_embed, index, lengths, seed, sample_ids, result,
     std, rows, batch, copies, tokens, depth, channels, columns, x_sequence, x_token, weight_row,
@@ -151,7 +152,7 @@ def tokens_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tokens"])
 def noise_weight_kernel(
     gradient, lengths, seed, sample_ids, partial,
     std, rows, batch, copies, tokens, channels, columns, gradient_sequence, gradient_token, rows_each,
@@ -182,7 +183,7 @@ def noise_weight_kernel(
     tl.store(partial + place, total, mask=(c < columns)[:, None] & (k < channels)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tokens"])
 def position_kernel(
     gradient, index, lengths, partial,
     rows, batch, copies, tokens, positions, columns, gradient_sequence, gradient_token, rows_each,

@@ -14,7 +14,8 @@ from stopfast.kernels._launch import launch, power_of_two, rows_contiguous
 _ELEMENTS = 4096  # of one program
 
 
-@triton.jit
+# Lengths change from step to step: were they specialised, the kernel would compile again for some.
+@triton.jit(do_not_specialize=["rows", "tokens"])
 def _smooth_l1_kernel(
     prediction,
     features,

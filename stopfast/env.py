@@ -79,7 +79,8 @@ def torch() -> Finding:
 
 def triton() -> Finding:
     """Triton, by its compiler's decorator."""
-    return _by_symbol("triton", "triton", "triton", "jit", "comes with PyTorch's CUDA builds")
+    absent, use = "comes with PyTorch's CUDA builds", "compiles the fused operations"
+    return _by_symbol("triton", "triton", "triton", "jit", absent, use)
 
 
 def dali(torch_cuda: str | None) -> Finding:
@@ -126,7 +127,8 @@ def xformers(torch_cuda: str | None) -> Finding:
         here = "torch is not built for CUDA" if ours is None else f"torch is for CUDA {ours}"
         its = "not built for CUDA" if theirs is None else f"built for CUDA {theirs}"
         return Finding(name, version, "not used", f"{its} (torch {against}), {here}")
-    finding = _by_symbol(name, name, "xformers.ops", "memory_efficient_attention", "optional")
+    use = "--step.attention xformers"
+    finding = _by_symbol(name, name, "xformers.ops", "memory_efficient_attention", "optional", use)
     library, _ = _load("xformers._cpp_lib")
     # Its Python half imports, attention included, even where its binary did not load.
     if finding.status == "available" and getattr(library, "_cpp_library_load_exception", None):
@@ -146,7 +148,8 @@ def apex() -> Finding:
             if _spec("amp_C") is None:
                 note = "NVIDIA's, built without its CUDA extensions (no amp_C)"
                 return Finding(name, version, "not used", note)
-            return Finding(name, version, "available", f"apex.{module}.{symbol}; nothing uses it")
+            used = "--optim.optimizer apex" if symbol == "FusedAdam" else "nothing uses it"
+            return Finding(name, version, "available", f"apex.{module}.{symbol}; {used}")
     # The unrelated one may raise too, where its own requirements are missing: look at the files.
     if any(
         (folder / part).exists()
@@ -207,14 +210,16 @@ def _guarded(name: str, examine: Callable[[], Finding]) -> Finding:
         return Finding(name, None, "not used", f"could not be examined: {_one_line(error)}")
 
 
-def _by_symbol(name: str, package: str, module: str, symbol: str, absent: str) -> Finding:
+def _by_symbol(
+    name: str, package: str, module: str, symbol: str, absent: str, use: str = "nothing uses it"
+) -> Finding:
     if _spec(package) is None:
         return Finding(name, None, "missing", absent)
     loaded, failure = _load(module)
     if loaded is None or not hasattr(loaded, symbol):
         note = failure or f"the installed {package!r} has no {module}.{symbol}"
         return Finding(name, _version(name), "not used", note)
-    return Finding(name, _version(name), "available", f"{module}.{symbol}; nothing uses it yet")
+    return Finding(name, _version(name), "available", f"{module}.{symbol}; {use}")
 
 
 def _load(module: str) -> tuple[ModuleType | None, str]:

@@ -6,14 +6,12 @@ GPU: they must fail, and they must pass on a copy without it. At least 95 % have
 
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
-# Imported before the fork, so that each copy need not. Triton is not: it has to see the variable first.
-import numpy  # noqa: F401
 import pytest
 import torch
-import torch._dynamo
 
 from tests.mutation import run_on_copy
 
@@ -118,7 +116,6 @@ MUTANTS = (
 
 def run_tests(copy: Path, operation: str) -> int:
     """Run one operation's tests inside a copy of the source; return pytest's exit code."""
-    os.environ["TRITON_INTERPRET"] = "1"
     shared = ["tests/test_kernels.py", "tests/test_real_shapes.py", "tests/test_dtypes.py"]
     ignored = ["-q", "-x", "-p", "no:cacheprovider", f"--rootdir={copy}"]
     for files in (shared, [f for f in TESTS[operation] if f not in shared]):
@@ -139,6 +136,8 @@ def main(operations: list[str]) -> int:
         print(f"expected operations from {sorted(TESTS)}, got {sorted(chosen)}")
         return 1
     torch.set_num_threads(1)
+    os.environ["TRITON_INTERPRET"] = "1"
+    import_module("torch._dynamo")  # and Triton with it, before the forks, so that each copy need not
     clean = True
     for operation in sorted(chosen):
         code = run_on_copy(None, lambda copy, name=operation: run_tests(copy, name))
