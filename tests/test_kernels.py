@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from stopfast.kernels._launch import watch_launches
 from stopfast.kernels.cases import CASES, Case, Shape
 from stopfast.kernels.ops import EAGER, FUSED
-from tests.kernel_runs import Run, copied, run, tensors, unique
+from tests.kernel_runs import Run, copied, incoming, run, tensors, unique
 
 SHAPES = [
     pytest.param(case, shape, id=f"{case.name}-{number}")
@@ -86,14 +86,14 @@ def test_half_precision(case: Case, shape: Shape, dtype: torch.dtype, device: to
 
 
 def strided(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Floating arguments with gaps between their rows and, from four dimensions' worth, transposed axes."""
+    """Floating arguments with NaN between their rows and, of three axes, two swapped in memory."""
     made: dict[int, Tensor] = {}
 
     def spread(leaf: object) -> object:
         if not isinstance(leaf, Tensor) or leaf.ndim < 2 or not leaf.is_floating_point():
             return leaf
         if id(leaf) not in made:
-            wide = torch.zeros(*leaf.shape[:-1], leaf.shape[-1] + 3, dtype=leaf.dtype, device=leaf.device)
+            wide = leaf.new_full((*leaf.shape[:-1], leaf.shape[-1] + 3), torch.nan)
             if leaf.ndim > 2:
                 wide = wide.transpose(0, 1).contiguous().transpose(0, 1)
             wide[..., : leaf.shape[-1]] = leaf.detach()
@@ -114,6 +114,32 @@ def test_strides(case: Case, shape: Shape, device: torch.device):
     expected = run(EAGER, case, copied(arguments, torch.float64), gradients)
     assert all(e <= 1e-5 for e in errors(fused(case, strided(arguments), gradients), expected))
     assert all(e <= 1e-5 for e in errors(fused(case, arguments, gradients), expected))
+
+
+PADDED = {"predictor_tokens": "x", "attention": "packed", "target_smooth_l1": "prediction"}
+
+
+@pytest.mark.parametrize(("case", "shape"), [p for p in SHAPES if "lengths" in p.values[1]])
+def test_padding(case: Case, shape: Shape, device: torch.device):
+    """Padding that holds NaN, in arguments and in incoming gradients, reaches nothing."""
+    arguments = case.make(shape, torch.float32, device)
+    slots = arguments[PADDED[case.name]].shape[1]
+    context = {"predictor_tokens": slots, "attention": shape.get("slots"), "target_smooth_l1": 0}
+    split, (first, second) = context[case.name], shape["lengths"]
+    place = torch.arange(slots, device=device)
+    padding = torch.where(place < split, place >= first, place - split >= second)
+    with torch.no_grad():
+        arguments[PADDED[case.name]][:, padding] = 0.0
+    expected = run(EAGER, case, copied(arguments, torch.float64))
+    with torch.no_grad():
+        arguments[PADDED[case.name]][:, padding] = torch.nan
+    outputs = tensors(getattr(EAGER, case.name)(**arguments))
+    upstream = incoming(outputs)
+    for gradient in upstream:
+        if gradient.ndim == 3:  # the padded rows of a result are those that are zero in every sequence
+            gradient[:, (outputs[0] == 0).all(2).all(0)] = torch.nan
+    got = fused(case, arguments, upstream)
+    assert all(error <= 1e-5 for error in errors(got, expected))
 
 
 class Called(TorchDispatchMode):
