@@ -19,6 +19,8 @@ class Case(NamedTuple):
 
     name: str
     """Its field of ``Ops``."""
+    fuses: str
+    """What its kernels do in one go."""
     make: Make
     """Arguments by name, for a shape, a dtype and a device; what is differentiable requires a gradient."""
     flops: Callable[[Shape], int]
@@ -200,6 +202,7 @@ _MODELS = {"ViT-B/16": _VIT_B, "ViT-L/16": _VIT_L, "ViT-H/14": _VIT_H14}
 CASES = (
     Case(
         "predictor_tokens",
+        "projection, position, Philox noise and its projection, mask token, packing",
         _predictor_tokens,
         _predictor_tokens_flops,
         tested=(
@@ -219,6 +222,7 @@ CASES = (
     ),
     Case(
         "attention",
+        "softmax attention of the packed projection; backward in one pass",
         _attention,
         lambda s: 4 * s["B"] * s["H"] * s.get("R", s["N"]) * s["N"] * s["d"],
         tested=(
@@ -242,6 +246,7 @@ CASES = (
     ),
     Case(
         "layer_norm",
+        "residual sum and LayerNorm",
         _layer_norm,
         lambda s: 0,
         tested=(
@@ -259,6 +264,7 @@ CASES = (
     ),
     Case(
         "linear_gelu",
+        "projection, bias and erf-GELU; backward with the bias's gradient",
         _linear_gelu,
         lambda s: 2 * s["rows"][0] * s["rows"][1] * s["C"] * s["F"],
         tested=(
@@ -275,6 +281,7 @@ CASES = (
     ),
     Case(
         "target_smooth_l1",
+        "norm and gather of the targets, smooth-L1, mean; its gradient",
         _target_smooth_l1,
         lambda s: 0,
         tested=(
@@ -287,6 +294,7 @@ CASES = (
     ),
     Case(
         "adamw_ema",
+        "AdamW, the teacher's average, bf16 copies of both",
         _adamw_ema,
         lambda s: 0,
         tested=(
@@ -302,6 +310,7 @@ CASES = (
     ),
     Case(
         "multiblock_masks",
+        "draw, subtract, redraw and compact the masks of a batch",
         _multiblock_masks,
         lambda s: 0,
         tested=(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.kernel_table import table
 from stopfast.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -14,16 +15,20 @@ BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
 
 
 def test_example():
-    (example,) = (text for language, text in BLOCKS if language == "python")
+    example, accelerated = (text for language, text in BLOCKS if language == "python")
     *statements, expression = example.strip().splitlines()
     names: dict = {}
     exec("\n".join(statements), names)
     assert tuple(eval(expression, names)) == (4 * 8, 36, 768)
+    names["model"] = names["predictor"]
+    exec(accelerated, names)
+    assert names["predictor"].ops.name == "auto"
 
 
 def commands(kind: str) -> list[list[str]]:
     lines = [line for language, text in BLOCKS if language == "bash" for line in text.splitlines()]
     parts = [shlex.split(part) for line in lines for part in line.split("&&")]
+    parts = [part[1:] if "=" in part[0] else part for part in parts]
     return [p[2:] for p in parts if p[0].endswith("stopfast") and p[1] == kind]
 
 
@@ -43,3 +48,16 @@ def test_evaluate_commands_parse(capsys):
 def test_links():
     links = re.findall(r"\]\((?!http)([^)]+)\)", README)
     assert links and not [link for link in links if not (ROOT / link).exists()]
+
+
+def test_table_of_operations():
+    """It is the one that the cases and the newest results make: `python -m benchmarks.kernel_table`."""
+    assert table() in README
+
+
+def test_verify_commands_parse(capsys):
+    """The one for a fresh machine runs (in test_verify); that on a run gets as far as the run."""
+    fresh, own = commands("verify")
+    assert fresh[:2] == ["--config", "demo"]
+    assert main(["verify", *own]) == 2
+    assert "expected" in capsys.readouterr().err
