@@ -1,4 +1,4 @@
-"""The README's table of operations, from the cases and the newest results: `python -m benchmarks.kernel_table`."""
+"""The README's table of operations, from cases and results: `python -m benchmarks.kernel_table`."""
 
 import json
 from typing import Any
@@ -38,9 +38,8 @@ def table() -> str:
     ]
     for case in CASES:
         cells = [ratio(measured.get(column, []), case.name) for column in columns]
-        lines.append(
-            f"| `{case.name}` | {case.fuses} | {', '.join(case.timed)} | {' | '.join(cells)} |"
-        )
+        models = ", ".join(dict.fromkeys(name.partition(" ")[0] for name in case.timed))
+        lines.append(f"| `{case.name}` | {case.fuses} | {models} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
