@@ -9,34 +9,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stopfast.kernels._launch import launch, power_of_two, rows_contiguous
+from stopfast.kernels._launch import compute_dtype, launch, power_of_two, rows_contiguous
 
 _ELEMENTS = 4096  # of the rows that one program holds at a time
 _MAX_WIDTH = 8192  # a row of it fits the registers of a backward program
-# Partial sums of the parameters' gradients. Not a count of the GPU's multiprocessors: the order of
-# summation, and so the result, is the same on every GPU. It is about two programs for each on an A100 or
-# H100, which all run at once.
+# Programs of backward at most, each with one partial sum of the parameters' gradients: about two for each
+# multiprocessor of an A100 or H100, but asked of no GPU, so that the order of summation is the same on all.
 _PARTIALS = 256
 
 
 @triton.jit
 def _forward_kernel(
-    x,
-    residual,
-    weight,
-    bias,
-    total,
-    normed,
-    mean,
-    rstd,
-    rows,
-    width,
-    x_row,
-    residual_row,
-    eps,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+    x, residual, weight, bias, total, normed, rstd, rows, width, x_row, residual_row, eps,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     channel = tl.arange(0, WIDTH)
     inside, held = row < rows, channel < width
@@ -50,11 +36,10 @@ def _forward_kernel(
         value += tl.load(residual + at, mask=both, other=0.0).to(tl.float32)
         rounded = value.to(total.dtype.element_ty)
         tl.store(total + place, rounded, mask=both)
-        value = rounded.to(tl.float32)  # backward reads the rounded sum: its norm is what is differentiated
+        value = rounded.to(tl.float32)  # what backward reads is what is normed
     centre = tl.sum(value, 1) / width
     centred = tl.where(both, value - centre[:, None], 0.0)
     scale = tl.rsqrt(tl.sum(centred * centred, 1) / width + eps)
-    tl.store(mean + row, centre, mask=inside)
     tl.store(rstd + row, scale, mask=inside)
     result = centred * scale[:, None]
     if weight is not None:
@@ -66,40 +51,29 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    through_total,
-    upstream,
-    total,
-    mean,
-    rstd,
-    weight,
-    dx,
-    dresidual,
-    partial,
-    rows,
-    width,
-    through_row,
-    upstream_row,
-    total_row,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """A program takes every tile of rows whose number is its own, modulo the number of programs."""
+    through_total, upstream, total, rstd, weight, dx, dresidual, partial,
+    rows, width, through_row, upstream_row, total_row, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """A program takes every tile of rows whose number is its own, modulo the number of programs.
+
+    The mean is taken again, of what is in registers anyway, so that it is that of the rounded sum.
+    """
     channel = tl.arange(0, WIDTH)
     held = channel < width
     dweight = tl.zeros([ROWS, WIDTH], tl.float32)
     dbias = tl.zeros([ROWS, WIDTH], tl.float32)
     if weight is not None:
         factor = tl.load(weight + channel, mask=held, other=0.0).to(tl.float32)[None, :]
-    for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
-        row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+        row = (first + tl.arange(0, ROWS)).to(tl.int64)
         inside = row < rows
         both = inside[:, None] & held[None, :]
         at = row[:, None] * total_row + channel[None, :]
         value = tl.load(total + at, mask=both, other=0.0).to(tl.float32)
         at = row[:, None] * upstream_row + channel[None, :]
         slope = tl.load(upstream + at, mask=both, other=0.0).to(tl.float32)
-        centre = tl.load(mean + row, mask=inside, other=0.0)[:, None]
         scale = tl.load(rstd + row, mask=inside, other=0.0)[:, None]
+        centre = tl.sum(value, 1)[:, None] / width
         normal = tl.where(both, (value - centre) * scale, 0.0)
         if partial is not None:
             dweight += slope * normal
@@ -125,10 +99,6 @@ def _rows(tensor: Tensor) -> Tensor:
     return rows_contiguous(tensor.reshape(-1, tensor.shape[-1]))
 
 
-def _sum_dtype(x: Tensor, residual: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, residual.dtype)
-
-
 @torch.library.custom_op("stopfast::layer_norm", mutates_args=())
 def _forward(
     x: Tensor,
@@ -137,9 +107,9 @@ def _forward(
     bias: Tensor | None,
     eps: float,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The sum (empty without a residual: a result may not be an argument), its norm, mean and 1 / deviation."""
-    total, normed, mean, rstd = _empty(x, residual, dtype)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum (empty without a residual: no result may be an argument), its norm, and 1 / deviation."""
+    total, normed, rstd = _empty(x, residual, dtype)
     lines, added = _rows(x), None if residual is None else _rows(residual)
     rows, width = lines.shape
     wide = power_of_two(width)
@@ -147,50 +117,26 @@ def _forward(
     launch(
         _forward_kernel,
         (triton.cdiv(rows, rows_each),),
-        lines,
-        added,
-        None if weight is None else weight.contiguous(),
-        None if bias is None else bias.contiguous(),
-        None if residual is None else total,
-        normed,
-        mean,
-        rstd,
-        rows,
-        width,
-        lines.stride(0),
-        0 if added is None else added.stride(0),
-        eps,
-        writes=(total, normed, mean, rstd),
+        *(lines, added, weight, bias),
+        *(None if residual is None else total, normed, rstd),
+        *(rows, width, lines.stride(0), 0 if added is None else added.stride(0), eps),
+        writes=(total, normed, rstd),
         num_warps=max(4, wide // 1024),
         ROWS=rows_each,
         WIDTH=wide,
     )
-    return total, normed, mean, rstd
+    return total, normed, rstd
 
 
-@_forward.register_fake
-def _(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _empty(x, residual, dtype)
-
-
-def _empty(
-    x: Tensor, residual: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _empty(x: Tensor, residual: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     device, rows = x.device, x.shape[:-1].numel()
-    if residual is None:
-        total = torch.empty(0, dtype=x.dtype, device=device)
-    else:
-        total = torch.empty(x.shape, dtype=_sum_dtype(x, residual), device=device)
+    wide = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    total = torch.empty(x.shape if residual is not None else 0, dtype=wide, device=device)
     normed = torch.empty(x.shape, dtype=dtype, device=device)
-    mean, rstd = torch.empty(2, rows, dtype=torch.float32, device=device).unbind()
-    return total, normed, mean, rstd
+    return total, normed, torch.empty(rows, dtype=torch.float32, device=device)
+
+
+_forward.register_fake(lambda x, residual, weight, bias, eps, dtype: _empty(x, residual, dtype))
 
 
 @torch.library.custom_op("stopfast::layer_norm_backward", mutates_args=())
@@ -198,10 +144,98 @@ def _backward(
     through_total: Tensor | None,
     upstream: Tensor,
     total: Tensor,
-    mean: Tensor,
     rstd: Tensor,
     weight: Tensor | None,
-    dtypes: list[torch.dtype],
+    x_dtype: torch.dtype,
+    residual_dtype: torch.dtype | None,
     affine: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    pass
+    """Gradients of x, of the residual where its dtype differs from x's, and of weight and bias, [2, C]."""
+    dx, dresidual = _gradients(total, x_dtype, residual_dtype)
+    lines, slopes = _rows(total), _rows(upstream)
+    through = None if through_total is None else _rows(through_total)
+    rows, width = lines.shape
+    wide = power_of_two(width)
+    rows_each = max(1, _ELEMENTS // wide)
+    tiles = triton.cdiv(rows, rows_each)
+    # As many programs as give each the same number of tiles, the last ones apart.
+    programs = triton.cdiv(tiles, triton.cdiv(tiles, _PARTIALS)) if tiles else 0
+    partial = torch.empty(programs, 2, width, dtype=torch.float32, device=total.device)
+    launch(
+        _backward_kernel,
+        (programs,),
+        *(through, slopes, lines, rstd, weight),
+        *(dx, dresidual if dresidual.dtype != dx.dtype else None, partial if affine else None),
+        *(rows, width, 0 if through is None else through.stride(0)),
+        *(slopes.stride(0), lines.stride(0)),
+        writes=(dx, dresidual, partial),
+        num_warps=max(8, wide // 256),
+        ROWS=rows_each,
+        WIDTH=wide,
+    )
+    return dx, dresidual, partial.sum(0) if affine else partial.new_empty(0)
+
+
+def _gradients(
+    total: Tensor, x_dtype: torch.dtype, residual_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    dx = torch.empty(total.shape, dtype=x_dtype, device=total.device)
+    if residual_dtype in (None, x_dtype):
+        return dx, torch.empty(0, dtype=x_dtype, device=total.device)
+    return dx, torch.empty(total.shape, dtype=residual_dtype, device=total.device)
+
+
+@_backward.register_fake
+def _(through_total, upstream, total, rstd, weight, x_dtype, residual_dtype, affine):
+    shape = (2, total.shape[-1]) if affine else (0,)
+    return *_gradients(total, x_dtype, residual_dtype), rstd.new_empty(shape)
+
+
+def _save(ctx, inputs, output) -> None:
+    x, residual, weight, bias, _, _ = inputs
+    total, _, rstd = output
+    ctx.set_materialize_grads(False)  # a sum that nothing else reads has no gradient to add
+    ctx.mark_non_differentiable(*([total] if residual is None else []), rstd)
+    ctx.save_for_backward(x if residual is None else total, rstd, weight)
+    ctx.dtypes = tuple(None if t is None else t.dtype for t in (x, residual, weight, bias))
+
+
+def _differentiate(ctx, through_total: Tensor | None, upstream: Tensor | None, *_: None) -> tuple:
+    total, rstd, weight = ctx.saved_tensors
+    of_x, of_residual, of_weight, of_bias = ctx.dtypes
+    if upstream is None:  # only the sum is used, so there is one
+        return through_total.to(of_x), through_total.to(of_residual), None, None, None, None
+    through = through_total if of_residual is not None else None
+    affine = of_weight is not None or of_bias is not None
+    dx, other, partial = _backward(
+        through, upstream, total, rstd, weight, of_x, of_residual, affine
+    )
+    dresidual = None if of_residual is None else dx if of_residual == of_x else other
+    dweight = None if of_weight is None else partial[0].to(of_weight)
+    dbias = None if of_bias is None else partial[1].to(of_bias)
+    return dx, dresidual, dweight, dbias, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Fused :func:`stopfast.kernels.reference.layer_norm`; without a residual the sum is x itself."""
+    if x.shape[-1] > _MAX_WIDTH or (residual is not None and residual.shape != x.shape):
+        raise ValueError(
+            f"layer_norm: expected rows of at most {_MAX_WIDTH} and a residual of x's shape, got "
+            f"{tuple(x.shape)} and {None if residual is None else tuple(residual.shape)}"
+        )
+    weight = None if weight is None else weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    dtype = compute_dtype(x)
+    if residual is not None and not torch.is_autocast_enabled(x.device.type):
+        dtype = torch.promote_types(dtype, residual.dtype)
+    total, normed, _ = _forward(x, residual, weight, bias, eps, dtype)
+    return x if residual is None else total, normed

@@ -8,12 +8,19 @@ import torch
 from torch import Tensor
 
 from stopfast.kernels import reference
-from stopfast.kernels.arguments import AdamWBuffers, MaskSettings, Noise, Places
+from stopfast.kernels.arguments import (
+    FAILURES_PER_TARGET,
+    MASK_STREAM,
+    AdamWBuffers,
+    MaskSettings,
+    Noise,
+    Places,
+)
 from stopfast.kernels.noise import uniform
 
 __all__ = [
-    "AUTO", "EAGER", "FUSED", "AdamWBuffers", "MaskSettings", "Noise", "Ops", "Places", "resolve_ops",
-    "uniform",
+    "AUTO", "EAGER", "FAILURES_PER_TARGET", "FUSED", "MASK_STREAM", "AdamWBuffers", "MaskSettings",
+    "Noise", "Ops", "Places", "ops_on", "resolve_ops", "uniform",
 ]  # fmt: skip
 
 
@@ -50,7 +57,10 @@ def _no_triton(*_: object, **__: object) -> NoReturn:
 
 try:
     from stopfast.kernels.adamw_ema import adamw_ema
+    from stopfast.kernels.attention import attention
     from stopfast.kernels.layer_norm import layer_norm
+    from stopfast.kernels.linear_gelu import linear_gelu
+    from stopfast.kernels.multiblock_masks import multiblock_masks
     from stopfast.kernels.predictor_tokens import predictor_tokens
     from stopfast.kernels.target_smooth_l1 import target_smooth_l1
 except ModuleNotFoundError as error:
@@ -61,9 +71,12 @@ else:
     FUSED = EAGER._replace(
         name="fused",
         predictor_tokens=predictor_tokens,
+        attention=attention,
         layer_norm=layer_norm,
+        linear_gelu=linear_gelu,
         target_smooth_l1=target_smooth_l1,
         adamw_ema=adamw_ema,
+        multiblock_masks=multiblock_masks,
     )
 
 
@@ -71,8 +84,7 @@ def _automatic(name: str, first: object, *others: object, **named: object) -> An
     """Call the operation that is chosen for the device of its first argument."""
     tensor = first[0] if isinstance(first, tuple) else first
     assert isinstance(tensor, Tensor)
-    chosen = EAGER if tensor.device.type != "cuda" else _for_gpu(tensor.device.index)
-    return getattr(chosen, name)(first, *others, **named)
+    return getattr(ops_on(AUTO, tensor.device), name)(first, *others, **named)
 
 
 @torch.compiler.assume_constant_result
@@ -82,6 +94,13 @@ def _for_gpu(index: int | None) -> Ops:
 
 AUTO = Ops("auto", *(partial(_automatic, name) for name in Ops._fields[1:]))
 """EAGER for tensors on the CPU; on a GPU, what its measured table says."""
+
+
+def ops_on(ops: Ops, device: torch.device) -> Ops:
+    """The operations that ``ops`` calls for tensors on a device: itself, or what AUTO chooses."""
+    if ops is not AUTO:
+        return ops
+    return EAGER if device.type != "cuda" else _for_gpu(device.index)
 
 
 def resolve_ops(ops: Ops | str) -> Ops:

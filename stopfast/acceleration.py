@@ -1,5 +1,6 @@
 """Put stopfast's implementations under a user's own model, in place, and take them out again."""
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stopfast.block import Block
+from stopfast.flat_adamw import FlatAdamW
 from stopfast.kernels.ops import EAGER, Ops, resolve_ops
 from stopfast.predictor import Predictor, Variant
 
@@ -83,8 +85,12 @@ def accelerate(
     ops: Ops | str = "auto",
     variant: Variant | None = None,
     noise_var: float | None = None,
+    optimizer: torch.optim.AdamW | None = None,
+    teachers: Iterable[tuple[nn.Module, nn.Module]] = (),
 ) -> Accelerated:
     """Compute a model's transformer blocks and I-JEPA / StoP predictors by stopfast, in place.
+
+    And, if they are given, its loss (``Accelerated.loss``), its optimiser and its teachers' average.
 
     Parameters, state_dict, hooks of the replaced modules and their classes stay what they are. A block
     is one like timm's, MAE's or I-JEPA's (``norm1``, ``attn.qkv``, ``attn.proj``, ``norm2``,
@@ -97,15 +103,24 @@ def accelerate(
         ops: the operations that compute from now on.
         variant: what a predictor computes, where it does not say so by ``apply_stop``; default: I-JEPA
             or StoP switched off, whichever its output agrees with.
-        noise_var: the noise of a predictor that has no ``noise_var`` of its own.
+        noise_var: the noise of a predictor, in place of its own ``noise_var``.
+        optimizer: becomes a :class:`stopfast.flat_adamw.FlatAdamW`, with its state; learning-rate
+            schedulers are to be made after this.
+        teachers: (student, teacher) pairs whose average the optimiser computes from now on, with the
+            momentum that its groups have as ``"teacher_momentum"``.
 
     Returns:
         What was replaced, what was kept and why, a fused loss, and ``undo()``.
 
     Raises:
-        ValueError: nothing that could be replaced.
+        ValueError: nothing that could be replaced, another optimiser than ``torch.optim.AdamW``, or
+            teachers without an optimiser.
     """
-    named = _named(model)
+    named, pairs = _named(model), list(teachers)
+    if optimizer is not None and type(optimizer) is not torch.optim.AdamW:
+        raise ValueError(f"expected optimizer as torch.optim.AdamW, got {type(optimizer).__name__}")
+    if pairs and optimizer is None:
+        raise ValueError("expected an optimizer that computes the average of the teachers")
     done = Accelerated(resolve_ops(ops))
     inside: set[nn.Module] = set()
     for name, module in named.items():
@@ -125,7 +140,36 @@ def accelerate(
             "expected a model with blocks of norm1, attn.qkv, attn.proj, norm2, mlp.fc1 and mlp.fc2, a "
             f"predictor with the published keys, or modules of stopfast{reasons}"
         )
+    if optimizer is not None:
+        _replace_optimizer(done, optimizer, pairs)
     return done
+
+
+def _replace_optimizer(
+    done: Accelerated,
+    optimizer: Any,
+    pairs: list[tuple[nn.Module, nn.Module]],  # noqa: ANN401
+) -> None:
+    """Turn the object itself into a FlatAdamW, since loops, scalers and schedulers hold it."""
+    state, kind, before = optimizer.state_dict(), type(optimizer), optimizer.__dict__
+    trained = {p for group in optimizer.param_groups for p in group["params"]}
+    average = {
+        own: theirs
+        for student, teacher in pairs
+        for own, theirs in zip(student.parameters(), teacher.parameters(), strict=True)
+        if own in trained
+    }
+    flat = FlatAdamW(optimizer.param_groups, teachers=average, ops=done.ops)
+    flat.load_state_dict(state)
+    optimizer.__class__, optimizer.__dict__ = FlatAdamW, flat.__dict__
+
+    def restore() -> None:
+        state = copy.deepcopy(optimizer.state_dict())
+        optimizer.__class__, optimizer.__dict__ = kind, before
+        optimizer.load_state_dict(state)
+
+    done._restore.append(restore)
+    done.replaced.append("optimizer")
 
 
 def _named(

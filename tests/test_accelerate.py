@@ -172,3 +172,49 @@ def test_compiles():
     accelerate(theirs, ops=FUSED)
     compiled = torch.compile(theirs, backend="aot_eager")
     assert relative_error(compiled(x, masks_x, masks), expected[0]) < 1e-5
+
+
+@BOTH
+def test_optimizer(ops: Ops):
+    """The object itself goes on as one update of weights, state and teacher; undone, it goes on too."""
+
+    def train(steps: int, accelerated: bool) -> list[Tensor]:
+        theirs, teacher = published(qkv_bias=False), published(qkv_bias=False)  # keys' biases: no gradient
+        decayed = [p for p in theirs.parameters() if p.requires_grad and p.ndim > 1]
+        plain = [p for p in theirs.parameters() if p.requires_grad and p.ndim == 1]
+        groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=1e-2)
+        x, masks_x, masks = inputs()
+        done = None
+        for step in range(steps):
+            if accelerated and step == 1:
+                done = accelerate(
+                    theirs, ops=ops, optimizer=optimizer, teachers=[(theirs, teacher)]
+                )
+                assert done.replaced == ["", "optimizer"]
+            if done is not None and step == steps - 1:
+                done.undo()
+                assert type(optimizer) is torch.optim.AdamW
+            optimizer.zero_grad()
+            theirs(x, masks_x, masks).square().sum().backward()
+            for group in optimizer.param_groups:
+                group["lr"] *= 0.9
+                if done is not None and done.replaced:
+                    group["teacher_momentum"] = 0.9
+            optimizer.step()
+            if done is None or not done.replaced:
+                for own, average in zip(theirs.parameters(), teacher.parameters(), strict=True):
+                    average.data.lerp_(own.data, 0.1)
+        moments = [v for s in optimizer.state_dict()["state"].values() for v in s.values()]
+        return [t.detach() for t in (*theirs.parameters(), *teacher.parameters(), *moments)]
+
+    assert_close(train(4, True), train(4, False))
+
+
+def test_bad_optimizers():
+    theirs = published()
+    with pytest.raises(ValueError, match=r"AdamW, got SGD"):
+        accelerate(theirs, optimizer=torch.optim.SGD(theirs.parameters()))
+    with pytest.raises(ValueError, match="expected an optimizer"):
+        accelerate(theirs, teachers=[(theirs, published())])
+    assert "forward" not in vars(theirs)
