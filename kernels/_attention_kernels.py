@@ -14,8 +14,8 @@ import triton.language as tl
 
 from stopfast.kernels._launch import power_of_two
 
-MAX_TOKENS = {64: 256, 80: 128}
-"""For heads up to a width, up to how many keys both kernels fit the registers of sm_80, sm_90, sm_100."""
+MAX_TOKENS = {24: 256, 32: 256, 64: 256, 80: 128}
+"""By head dim, up to how many keys both kernels fit the registers of sm_80, sm_90 and sm_100."""
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LOWEST = tl.constexpr(-3e38)  # not infinity: a row without any key must not become NaN
 
@@ -89,32 +89,29 @@ def backward_kernel(
     bias = tl.where(keys, 0.0, _LOWEST)[None, :]
     dk_tile = tl.zeros((KEYS, WIDTH), tl.float32)
     dv_tile = tl.zeros((KEYS, WIDTH), tl.float32)
-    lane, step = tl.arange(0, ROWS), tl.cast(ROWS, tl.int64)
-    far = lane.to(tl.int64)[:, None]
-    q_at = q + image * q_batch + head + far * q_row + column[None, :]
-    up_at = upstream + image * upstream_batch + head + far * upstream_row + column[None, :]
-    dq_at = dq + (image * rows + far) * dq_row + head + column[None, :]
     for start in range(0, rows, ROWS):
-        row = start + lane
+        row = start + tl.arange(0, ROWS)
         real = (row < rows) & _real(first + row, context_slots, context, target)
-        q_tile = tl.load(q_at, mask=real[:, None] & held, other=0.0)
-        up_tile = tl.load(up_at, mask=real[:, None] & held, other=0.0)
+        far = row.to(tl.int64)[:, None]
+        place = image * q_batch + head + far * q_row + column[None, :]
+        q_tile = tl.load(q + place, mask=real[:, None] & held, other=0.0)
+        place = image * upstream_batch + head + far * upstream_row + column[None, :]
+        up_tile = tl.load(upstream + place, mask=real[:, None] & held, other=0.0)
+
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
         scores = scores * (scale * _LOG2_E) + bias
         weights = tl.exp2(scores - tl.max(scores, 1)[:, None])
         weights *= (1.0 / tl.sum(weights, 1))[:, None]
-        slope = tl.dot(up_tile, tl.trans(v_tile), input_precision="ieee")
         low = weights.to(v_tile.dtype)
         dv_tile = tl.dot(tl.trans(low), up_tile, dv_tile, input_precision="ieee")
+        slope = tl.dot(up_tile, tl.trans(v_tile), input_precision="ieee")
         slope = weights * (slope - tl.sum(weights * slope, 1)[:, None])
         # The scale waits for the products: before them it would push fp16 towards its subnormals.
         low = slope.to(v_tile.dtype)
         dk_tile = tl.dot(tl.trans(low), q_tile, dk_tile, input_precision="ieee")
         dq_tile = tl.dot(low, k_tile, input_precision="ieee") * scale
-        tl.store(dq_at, dq_tile.to(dq.dtype.element_ty), mask=(row[:, None] < rows) & held)
-        q_at += step * q_row
-        up_at += step * upstream_row
-        dq_at += step * dq_row
+        place = (image * rows + far) * dq_row + head + column[None, :]
+        tl.store(dq + place, dq_tile.to(dq.dtype.element_ty), mask=(row[:, None] < rows) & held)
     sink = (image * tokens + key[:, None]) * dkv_row + head + column[None, :]
     inside = (key[:, None] < tokens) & held
     tl.store(dk + sink, (dk_tile * scale).to(dk.dtype.element_ty), mask=inside)

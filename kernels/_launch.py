@@ -58,7 +58,7 @@ def launch(
     num_stages: int = 2,
     **constants: Any,  # noqa: ANN401
 ) -> None:
-    """Run ``kernel`` on ``grid`` programs with arguments and compile-time constants; a grid of none is no-op.
+    """Run ``kernel`` on ``grid`` programs with arguments and compile-time constants; on none, do nothing.
 
     Args:
         kernel: a ``triton.jit`` function.

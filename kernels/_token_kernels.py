@@ -1,8 +1,9 @@
 """The predictor's tokens as kernels: the tokens themselves, and the gradients that need the noise again.
 
 A program has a tile of rows and the whole width of the predictor (512 columns at most; in tiles of
-128, since 384 is no power of two), so that the noise of a row, which is as wide as the encoder, is drawn once and never written. Rows are (context
-mask, image, token) or (target mask, context mask, image, token).
+128, since 384 is no power of two), so that the noise of a row, which is as wide as the encoder, is
+drawn once and never written. Rows are (context mask, image, token) or (target mask, context mask,
+image, token).
 """
 
 import triton

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 MASK_STREAM = 255
@@ -66,3 +67,23 @@ class MaskSettings(NamedTuple):
     min_keep: int
     allow_overlap: bool
     edge_inclusive: bool
+
+
+_MOST_TOKENS, _MOST_BLOCKS, _MOST_COPIES = 1 << 16, 1 << 8, 1 << 7  # what the bits of a counter can name
+
+
+def check_draws(seed: Tensor, blocks: int, copies: int, tokens: int) -> None:
+    """Refuse noise whose counters would run into each other.
+
+    Raises:
+        ValueError: a count that does not fit its bits of the counter, or a seed that is not int64 [2].
+    """
+    if seed.shape != (2,) or seed.dtype != torch.int64:
+        raise ValueError(
+            f"positional_noise: expected seed as int64 (2,), got {seed.dtype} {tuple(seed.shape)}"
+        )
+    if blocks > _MOST_BLOCKS or copies > _MOST_COPIES or tokens > _MOST_TOKENS:
+        raise ValueError(
+            f"positional_noise: expected at most {_MOST_BLOCKS} blocks, {_MOST_COPIES} copies and "
+            f"{_MOST_TOKENS} tokens, got {blocks}, {copies} and {tokens}"
+        )

@@ -5,12 +5,11 @@ import math
 import torch
 from torch import Tensor
 
+from stopfast.kernels.arguments import check_draws
+
 _MASK = 0xFFFFFFFF
 _ROUND_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
-
-MAX_TOKENS, MAX_BLOCKS, MAX_COPIES = 1 << 16, 1 << 8, 1 << 7
-"""What one counter word can name; see :func:`positional_noise`."""
 
 
 def philox_4x32(
@@ -26,12 +25,12 @@ def philox_4x32(
     for _ in range(10):
         # An int64 product wraps, but its 64 bits are the right ones, so masking recovers both halves.
         product0, product1 = c0 * _ROUND_MULTIPLIERS[0], c2 * _ROUND_MULTIPLIERS[1]
-        high0, high1 = product0.bitwise_right_shift(32), product1.bitwise_right_shift(32)
+        high0, high1 = product0 >> 32, product1 >> 32
         c0, c1, c2, c3 = (
-            high1.bitwise_and_(_MASK) ^ (c1 ^ k0),
-            product1.bitwise_and_(_MASK),
-            high0.bitwise_and_(_MASK) ^ (c3 ^ k1),
-            product0.bitwise_and_(_MASK),
+            (high1 & _MASK) ^ (c1 ^ k0),
+            product1 & _MASK,
+            (high0 & _MASK) ^ (c3 ^ k1),
+            product0 & _MASK,
         )
         k0, k1 = (k0 + _KEY_INCREMENTS[0]) & _MASK, (k1 + _KEY_INCREMENTS[1]) & _MASK
     return c0, c1, c2, c3
@@ -85,15 +84,7 @@ def positional_noise(
     Raises:
         ValueError: a count that does not fit its bits of the counter, or a seed that is not int64 [2].
     """
-    if seed.shape != (2,) or seed.dtype != torch.int64:
-        raise ValueError(
-            f"positional_noise: expected seed as int64 (2,), got {seed.dtype} {tuple(seed.shape)}"
-        )
-    if blocks > MAX_BLOCKS or copies > MAX_COPIES or tokens > MAX_TOKENS:
-        raise ValueError(
-            f"positional_noise: expected at most {MAX_BLOCKS} blocks, {MAX_COPIES} copies and "
-            f"{MAX_TOKENS} tokens, got {blocks}, {copies} and {tokens}"
-        )
+    check_draws(seed, blocks, copies, tokens)
     device = seed.device
 
     def axis(size: int, dim: int) -> Tensor:

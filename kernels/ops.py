@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from stopfast.kernels import reference
+from stopfast.kernels._measured import measured
 from stopfast.kernels.arguments import (
     FAILURES_PER_TARGET,
     MASK_STREAM,
@@ -57,7 +58,7 @@ def _no_triton(*_: object, **__: object) -> NoReturn:
 
 try:
     from stopfast.kernels.adamw_ema import adamw_ema
-    from stopfast.kernels.attention import attention
+    from stopfast.kernels.attention_backends import attention_backend
     from stopfast.kernels.layer_norm import layer_norm
     from stopfast.kernels.linear_gelu import linear_gelu
     from stopfast.kernels.multiblock_masks import multiblock_masks
@@ -66,12 +67,13 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "triton":
         raise
+    attention_backend = _no_triton
     FUSED = Ops("fused", *[_no_triton] * (len(Ops._fields) - 1))
 else:
     FUSED = EAGER._replace(
         name="fused",
         predictor_tokens=predictor_tokens,
-        attention=attention,
+        attention=attention_backend("triton"),
         layer_norm=layer_norm,
         linear_gelu=linear_gelu,
         target_smooth_l1=target_smooth_l1,
@@ -89,7 +91,16 @@ def _automatic(name: str, first: object, *others: object, **named: object) -> An
 
 @torch.compiler.assume_constant_result
 def _for_gpu(index: int | None) -> Ops:
-    return EAGER._replace(name="auto", predictor_tokens=FUSED.predictor_tokens)
+    table = measured(torch.cuda.get_device_name(index))
+    fast = {name: getattr(FUSED, name) for name in Ops._fields if table.get(name) is True}
+    return EAGER._replace(
+        **fast,
+        name="auto",
+        # The first is on for its memory, measured or not; nobody calls the second but by its name.
+        predictor_tokens=FUSED.predictor_tokens,
+        adamw_ema=FUSED.adamw_ema,
+        attention=attention_backend("auto"),
+    )
 
 
 AUTO = Ops("auto", *(partial(_automatic, name) for name in Ops._fields[1:]))
@@ -98,20 +109,26 @@ AUTO = Ops("auto", *(partial(_automatic, name) for name in Ops._fields[1:]))
 
 def ops_on(ops: Ops, device: torch.device) -> Ops:
     """The operations that ``ops`` calls for tensors on a device: itself, or what AUTO chooses."""
-    if ops is not AUTO:
+    if ops.name != AUTO.name:
         return ops
-    return EAGER if device.type != "cuda" else _for_gpu(device.index)
+    chosen = EAGER if device.type != "cuda" else _for_gpu(device.index)
+    return chosen if ops.attention is AUTO.attention else chosen._replace(attention=ops.attention)
 
 
-def resolve_ops(ops: Ops | str) -> Ops:
+def resolve_ops(ops: Ops | str, attention: str = "auto") -> Ops:
     """Return the operations that ``ops`` names: ``"auto"``, ``"eager"`` or ``"fused"``.
 
+    Args:
+        ops: operations, or their name.
+        attention: a backend that replaces theirs: ``"triton"``, ``"sdpa"``, ``"flex"``, ``"xformers"``;
+            ``"auto"`` leaves theirs.
+
     Raises:
-        ValueError: another name.
+        ValueError: another name, or a backend that is not there.
     """
     named = {"auto": AUTO, "eager": EAGER, "fused": FUSED}
-    if isinstance(ops, Ops):
-        return ops
-    if ops not in named:
-        raise ValueError(f"ops: expected an Ops, 'auto', 'eager' or 'fused', got {ops!r}")
-    return named[ops]
+    if not isinstance(ops, Ops):
+        if ops not in named:
+            raise ValueError(f"ops: expected an Ops, 'auto', 'eager' or 'fused', got {ops!r}")
+        ops = named[ops]
+    return ops if attention == "auto" else ops._replace(attention=attention_backend(attention))

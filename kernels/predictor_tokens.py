@@ -11,7 +11,7 @@ from torch import Tensor
 from stopfast.kernels._launch import compute_dtype, launch, power_of_two, rows_contiguous
 from stopfast.kernels._token_gradients import predictor_tokens_backward
 from stopfast.kernels._token_kernels import COLUMNS, DEPTH, MAX_TILES, ROWS, WARPS, tokens_kernel
-from stopfast.kernels.arguments import Noise, Places
+from stopfast.kernels.arguments import Noise, Places, check_draws
 
 
 def predictor_tokens(
@@ -40,8 +40,7 @@ def predictor_tokens(
         bias,
         pos_embed.contiguous(),
         offset,
-        None if noise is None else noise.seed,
-        None if noise is None else noise.sample_ids,
+        *_draws(noise, x, places),
         None if own is None else rows_contiguous(own.to(dtype)),
         None if noise is None or noise.queries is None else noise.queries.contiguous(),
         None if noise is None or noise.context is None else noise.context.contiguous(),
@@ -50,6 +49,17 @@ def predictor_tokens(
         noise is not None and noise.on_context,
         projected,
     )
+
+
+def _draws(noise: Noise | None, x: Tensor, places: Places) -> tuple[Tensor | None, Tensor | None]:
+    """Seed and ids as the kernels read them: checked, on the device, without gaps."""
+    if noise is None or noise.seed is None or noise.sample_ids is None:
+        return None, None
+    blocks, batch, tokens = places.target.shape
+    copies = x.shape[0] // max(1, batch)
+    check_draws(noise.seed, blocks, copies, max(tokens, x.shape[1]))
+    ids = noise.sample_ids.to(x.device, torch.int64)
+    return noise.seed.to(x.device).contiguous(), ids.contiguous()
 
 
 @torch.library.custom_op("stopfast::predictor_tokens", mutates_args=())

@@ -147,8 +147,8 @@ def accelerate(
 
 def _replace_optimizer(
     done: Accelerated,
-    optimizer: Any,
-    pairs: list[tuple[nn.Module, nn.Module]],  # noqa: ANN401
+    optimizer: Any,  # noqa: ANN401
+    pairs: list[tuple[nn.Module, nn.Module]],
 ) -> None:
     """Turn the object itself into a FlatAdamW, since loops, scalers and schedulers hold it."""
     state, kind, before = optimizer.state_dict(), type(optimizer), optimizer.__dict__

@@ -8,6 +8,7 @@ import torch
 
 from stopfast.config import Config
 from stopfast.encoder import VisionTransformer, image_grid
+from stopfast.kernels.ops import Ops, resolve_ops
 from stopfast.masking import MultiBlockMasks
 from stopfast.models import published_norm
 from stopfast.objectives.jepa import Jepa
@@ -37,6 +38,15 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
+def step_ops(config: Config) -> Ops:
+    """Return the operations of these settings.
+
+    Raises:
+        ValueError: an attention backend that is not there.
+    """
+    return resolve_ops(config.step.ops, config.step.attention)
+
+
 def build_encoder(config: Config) -> VisionTransformer:
     """Return the encoder of these settings, initialised from torch's generator."""
     model = config.model
@@ -50,7 +60,7 @@ def build_encoder(config: Config) -> VisionTransformer:
         norm_layer=published_norm,
         init_rescale=model.init_rescale,
         checkpointing=config.step.checkpointing,
-        ops=config.step.ops,
+        ops=step_ops(config),
     )
 
 
@@ -71,7 +81,7 @@ def build_objective(config: Config, steps_per_epoch: int) -> Jepa:
             grid_size=grid,
             init_rescale=model.init_rescale,
             checkpointing=config.step.checkpointing,
-            ops=config.step.ops,
+            ops=step_ops(config),
             **dataclasses.asdict(config.noise),
         )
     masks = MultiBlockMasks(grid=grid, seed=config.run.seed, **dataclasses.asdict(config.mask))
@@ -107,7 +117,7 @@ def build_objective(config: Config, steps_per_epoch: int) -> Jepa:
         clip=optim.clip,
         clip_norm=optim.clip_norm,
         clip_encoder_only=optim.clip_encoder_only,
-        ops=config.step.ops,
+        ops=step_ops(config),
     )
 
 
@@ -119,5 +129,5 @@ def build_step(config: Config, objective: Jepa, device: torch.device) -> TrainSt
         accumulate=config.step.accumulate,
         device=device,
         optimizer=config.optim.optimizer,
-        ops=config.step.ops,
+        ops=step_ops(config),
     )

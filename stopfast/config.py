@@ -175,6 +175,8 @@ class StepConfig:
     """Recompute each block's activations in backward."""
     ops: Literal["auto", "eager", "fused"] = "auto"
     """Implementation of the operations; ``auto`` is eager on the CPU and by measurement on a GPU."""
+    attention: Literal["auto", "triton", "sdpa", "flex", "xformers"] = "auto"
+    """Backend of attention; ``auto`` is that of the operations."""
 
     def __post_init__(self) -> None:
         _require(self.accumulate > 0, f"expected accumulate > 0, got {self.accumulate}")

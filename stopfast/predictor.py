@@ -169,7 +169,10 @@ class Predictor(nn.Module, HubMixin):
                 already scaled by the standard deviation.
             noise_context: explicit draws for the context, [E * B, Kx, noise channels], scaled.
             seed: int64 [2] (seed, step) or a seed alone (step 0); None draws one from torch's
-                generator of x's device. Noise follows :func:`stopfast.kernels.noise.positional_noise`.
+                generator of x's device: where activations are recomputed without torch's generator
+                (``preserve_rng_state=False``, ``activation_memory_budget``), that would be another
+                draw in the recomputation, so give a seed there. Noise follows
+                :func:`stopfast.kernels.noise.positional_noise`.
             sample_ids: int64 [B], each image's position in the step's global batch; default 0..B-1.
 
         Returns:

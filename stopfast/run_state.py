@@ -24,7 +24,7 @@ from stopfast.step import TrainStep
 _FREE = {
     "run": ("output", "resume", "dry_run", "device", "log_every", "checkpoint_every"),
     "data": ("threads",),
-    "step": ("ops",),
+    "step": ("ops", "attention"),
     "optim": ("optimizer",),
 }
 """Settings that do not change what a run computes but for rounding; a resume may change them."""

@@ -143,6 +143,8 @@ def print_rows(rows: list[Row], console: Console) -> None:
 def _arm(config: Config, name: str, checkpoint: Path | None, device: torch.device | str) -> _Arm:
     fused = name == "fused"
     step = replace(config.step, ops="fused" if fused else "eager")
+    if not fused:
+        step = replace(step, attention="auto")
     if name == "exact":
         step = replace(step, precision="fp32")
     chosen = replace(

@@ -25,7 +25,7 @@ ANY_SIBLING = (KERNELS,)
 KERNEL_IMPORTS = {
     "package": (),
     "arguments": ("torch",),
-    "noise": ("torch",),
+    "noise": ("torch", f"{KERNELS}.arguments"),
     "reference": ("torch", f"{KERNELS}.arguments", f"{KERNELS}.noise"),
     "cases": ("torch", f"{KERNELS}.arguments"),
     "ops": ("torch", *ANY_SIBLING),
