@@ -57,7 +57,7 @@ def measured_roof(device: torch.device, dtype: torch.dtype) -> Roof:
     target = torch.empty_like(source)
     side = 8192 if device.type == "cuda" else 512
     matrix = torch.randn(side, side, device=device).to(dtype)
-    arms = {"copy": lambda: target.copy_(source), "matmul": lambda: matrix @ matrix}
+    arms: dict[str, Arm] = {"copy": lambda: target.copy_(source), "matmul": lambda: matrix @ matrix}
     timed = compare(arms, 10, 3, device.type)
     return Roof(
         2 * source.numel() * 4 / (timed["copy"].median * 1e-3),

@@ -67,11 +67,11 @@ class TorchUpdate:
         self.optimizer.step()
         copies = [(buffers.param, buffers.param_copy)]
         if buffers.average is not None:
-            torch._foreach_lerp_([buffers.average], [buffers.param], self.rest)
+            torch._foreach_lerp_([buffers.average], [buffers.param], self.rest)  # type: ignore[attr-defined]
             copies.append((buffers.average, buffers.average_copy))
         for source, target in copies:
             if target is not None:
-                torch._foreach_copy_([target], [source])
+                torch._foreach_copy_([target], [source])  # type: ignore[attr-defined]
 
 
 class ApexUpdate(TorchUpdate):

@@ -14,8 +14,8 @@ import triton.language as tl
 
 from stopfast.kernels._launch import power_of_two
 
-MAX_TOKENS = {24: 256, 32: 256, 64: 256, 80: 128}
-"""By head dim, up to how many keys both kernels fit the registers of sm_80, sm_90 and sm_100."""
+MAX_TOKENS = {64: 256, 80: 128}
+"""For heads up to a width, up to how many keys both kernels fit the registers of sm_80, sm_90, sm_100."""
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LOWEST = tl.constexpr(-3e38)  # not infinity: a row without any key must not become NaN
 

@@ -6,11 +6,10 @@ from torch import Tensor
 
 from stopfast.kernels._launch import launch, power_of_two
 from stopfast.kernels._token_kernels import (
-    DEPTH,
-    MAX_COLUMNS,
-    ROWS,
+    RANGE,
     WARPS,
     noise_weight_kernel,
+    noise_weight_tiles,
     position_kernel,
 )
 
@@ -104,14 +103,15 @@ def _noise_weight(
 ) -> Tensor:
     sequences, tokens, columns = gradient.shape
     batch = sample_ids.shape[0]
-    width = power_of_two(min(columns, MAX_COLUMNS))
+    tiles = noise_weight_tiles(gradient.dtype)
+    width = power_of_two(min(columns, tiles.columns))
     rows = sequences * tokens
     rows_each, ranges = _ranges(rows)
     partial = torch.empty((ranges, columns, channels), dtype=torch.float32, device=gradient.device)
     blocks = 1 if is_context else index.shape[0]
     launch(
         noise_weight_kernel,
-        (triton.cdiv(channels, DEPTH), triton.cdiv(columns, width), ranges),
+        (triton.cdiv(channels, tiles.depth), triton.cdiv(columns, width), ranges),
         gradient,
         lengths,
         seed,
@@ -128,8 +128,8 @@ def _noise_weight(
         rows_each,
         writes=(partial,),
         num_warps=WARPS,
-        ROWS=ROWS,
-        DEPTH=DEPTH,
+        ROWS=tiles.rows,
+        DEPTH=tiles.depth,
         COLUMNS=width,
         CONTEXT=is_context,
     )
@@ -171,7 +171,7 @@ def _positions(
 
 
 def _ranges(rows: int) -> tuple[int, int]:
-    rows_each = max(1, triton.cdiv(triton.cdiv(rows, ROWS), _RANGES)) * ROWS
+    rows_each = max(1, triton.cdiv(triton.cdiv(rows, RANGE), _RANGES)) * RANGE
     return rows_each, triton.cdiv(rows, rows_each)
 
 

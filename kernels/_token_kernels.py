@@ -6,14 +6,39 @@ drawn once and never written. Rows are (context mask, image, token) or (target m
 image, token).
 """
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 
 from stopfast.kernels._philox import noise_tile
 
-ROWS, DEPTH, COLUMNS, WARPS = 64, 32, 128, 8
-MAX_TILES, MAX_COLUMNS = 4, 512
-"""Tiles of the kernels that draw noise, and the warps that hold them without spilling."""
+WARPS = 8
+RANGE = 64  # rows are divided among programs by multiples of this, which every tile of rows divides
+
+
+class Tiles(NamedTuple):
+    """How a kernel is cut: rows, depth of a product's step, and columns, of which it has several tiles."""
+
+    rows: int
+    depth: int
+    columns: int
+    most: int = 1
+
+
+def token_tiles(dtype: torch.dtype) -> Tiles:
+    """Tiles of :func:`tokens_kernel`.
+
+    Products of fp32 do without matrix instructions and take their operands from registers, so that only
+    small tiles fit; the noise is then drawn twice for a predictor's width of 384.
+    """
+    return Tiles(16, 16, 64, 4) if dtype == torch.float32 else Tiles(64, 32, 128, 4)
+
+
+def noise_weight_tiles(dtype: torch.dtype) -> Tiles:
+    """Tiles of :func:`noise_weight_kernel`."""
+    return Tiles(16, 16, 128) if dtype == torch.float32 else Tiles(32, 32, 512)
 
 
 @triton.jit
@@ -59,7 +84,9 @@ def _product(
     c = column + tl.arange(0, COLUMNS)
     k = channel + tl.arange(0, DEPTH)
     both = (c < columns)[:, None] & (k < channels)[None, :]
-    tile = tl.load((weight + c.to(tl.int64) * weight_row)[:, None] + k[None, :], mask=both, other=0.0)
+    tile = tl.load(
+        (weight + c.to(tl.int64) * weight_row)[:, None] + k[None, :], mask=both, other=0.0
+    )
     return tl.dot(left.to(tile.dtype), tl.trans(tile), total, input_precision="ieee")
 
 
@@ -99,9 +126,10 @@ def _write(
     if lengths is not None:
         total = tl.where(real[:, None], total, 0.0)
     total = total.to(result.dtype.element_ty)
-    for repeat in range(repeats):
-        out = (result + repeat * repeat_stride + place)[:, None] + c[None, :]
+    out = (result + place)[:, None] + c[None, :]
+    for _ in range(repeats):
         tl.store(out, total, mask=inside[:, None] & held[None, :])
+        out += repeat_stride
 
 
 # Lengths change from step to step: were they specialised, a kernel would compile again for some.
@@ -130,11 +158,26 @@ def tokens_kernel(
             both = real[:, None] & (d < depth)[None, :]
             left = tl.load(source + d[None, :], mask=both, other=0.0)
             t0, t1, t2, t3 = _project(
-                t0, t1, t2, t3, left, weight, weight_row, column, columns, k, depth, COLUMNS, DEPTH, TILES
+                t0,
+                t1,
+                t2,
+                t3,
+                left,
+                weight,
+                weight_row,
+                column,
+                columns,
+                k,
+                depth,
+                COLUMNS,
+                DEPTH,
+                TILES,
             )
     if NOISY and noise_weight is not None:
         for k in range(0, channels, DEPTH):
-            left = _draws(explicit, row, real, image, place, seed, sample_ids, std, k, channels, DEPTH)
+            left = _draws(
+                explicit, row, real, image, place, seed, sample_ids, std, k, channels, DEPTH
+            )
             t0, t1, t2, t3 = _project(
                 t0, t1, t2, t3, left, noise_weight, noise_row, column, columns, k, channels, COLUMNS,
                 DEPTH, TILES,
@@ -146,7 +189,9 @@ def tokens_kernel(
         total = t0 if tile == 0 else (t1 if tile == 1 else (t2 if tile == 2 else t3))
         noise = None
         if NOISY and noise_weight is None:
-            noise = _draws(explicit, row, real, image, place, seed, sample_ids, std, c, columns, COLUMNS)
+            noise = _draws(
+                explicit, row, real, image, place, seed, sample_ids, std, c, columns, COLUMNS
+            )
         _write(
             total, noise, added, pos_embed, position, real, inside, out, c, columns, result, repeats,
             repeat_stride, lengths, COLUMNS,

@@ -210,7 +210,7 @@ CASES = (
             _STOP,
             {**_STOP, "noise": "context", "offset": False},
             {**_STOP, "noise": "both", "bias": False, "learned": True},
-            {**_STOP, "noise": "both", "tied": False, "C": 10},
+            {**_STOP, "noise": "both", "tied": False, "C": 16},
             {**_STOP, "noise": "both", "projected": False},
             {**_STOP, "noise": "both", "explicit": True, "learned": True},
             {**_STOP, "noise": "both", "lengths": (4, 3), "learned": True},

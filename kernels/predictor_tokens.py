@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stopfast.kernels._launch import compute_dtype, launch, power_of_two, rows_contiguous
 from stopfast.kernels._token_gradients import predictor_tokens_backward
-from stopfast.kernels._token_kernels import COLUMNS, DEPTH, MAX_TILES, ROWS, WARPS, tokens_kernel
+from stopfast.kernels._token_kernels import WARPS, token_tiles, tokens_kernel
 from stopfast.kernels.arguments import Noise, Places, check_draws
 
 
@@ -89,15 +89,16 @@ def _forward(
     depth, columns = x.shape[2], pos_embed.shape[1]
     projection = (noise_weight if noise_weight is not None else weight) if projected else None
     channels = columns if projection is None else projection.shape[1]
-    width = min(COLUMNS, power_of_two(columns))
-    tiles = min(MAX_TILES, triton.cdiv(columns, width))
+    tiles = token_tiles(x.dtype)
+    width = min(tiles.columns, power_of_two(columns))
+    side_by_side = min(tiles.most, triton.cdiv(columns, width))
     slots = kept + tokens
     copies = sequences // max(1, batch)
     for is_context, noisy in ((True, on_context), (False, on_queries)):
         rows = sequences * kept if is_context else blocks * sequences * tokens
         launch(
             tokens_kernel,
-            (triton.cdiv(rows, ROWS), triton.cdiv(columns, tiles * width)),
+            (triton.cdiv(rows, tiles.rows), triton.cdiv(columns, side_by_side * width)),
             x if is_context else None,
             weight if is_context else None,
             projection if noisy else None,
@@ -126,10 +127,10 @@ def _forward(
             sequences * slots * columns,
             writes=(result,),
             num_warps=WARPS,
-            ROWS=ROWS,
-            DEPTH=DEPTH,
+            ROWS=tiles.rows,
+            DEPTH=tiles.depth,
             COLUMNS=width,
-            TILES=tiles,
+            TILES=side_by_side,
             CONTEXT=is_context,
             NOISY=noisy,
         )

@@ -153,7 +153,7 @@ def _replace_optimizer(
     """Turn the object itself into a FlatAdamW, since loops, scalers and schedulers hold it."""
     state, kind, before = optimizer.state_dict(), type(optimizer), optimizer.__dict__
     trained = {p for group in optimizer.param_groups for p in group["params"]}
-    average = {
+    average: dict[Tensor, Tensor] = {
         own: theirs
         for student, teacher in pairs
         for own, theirs in zip(student.parameters(), teacher.parameters(), strict=True)

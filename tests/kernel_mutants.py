@@ -62,7 +62,7 @@ MUTANTS = (
     Mutant(P, "vector dropped", TOKENS, "    if added is not None:\n", "    if added is None:\n"),
     Mutant(P, "position of the next row of the table", TOKENS, "(pos_embed + position * columns)",
            "(pos_embed + position * columns + 1)"),
-    Mutant(P, "context written to one sequence only", TOKENS, "for repeat in range(repeats):", "for repeat in range(1):"),
+    Mutant(P, "context written to one sequence only", TOKENS, "        out += repeat_stride\n", ""),
     Mutant(P, "queries' first slot forgotten", TOKENS, "(sequence * slots + first_slot + token)",
            "(sequence * slots + token)"),
     Mutant(P, "image and copy swapped", TOKENS, "image = sequence % batch", "image = sequence // copies % batch"),

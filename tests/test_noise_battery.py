@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stopfast.kernels._launch import interpreted
-from stopfast.kernels._token_kernels import tokens_kernel
+from stopfast.kernels._token_kernels import Tiles, tokens_kernel
 from stopfast.kernels.noise import positional_noise
 from tests.noise_battery import (
     LARGE,
@@ -37,7 +37,8 @@ def test_kernel(device: torch.device, monkeypatch: pytest.MonkeyPatch):
     for name in ("blocks", "copies"):
         report |= boundary(fused_draw, name, device)
     if interpreted(tokens_kernel):  # which takes as long for a program of few rows as of many
-        monkeypatch.setattr("stopfast.kernels.predictor_tokens.ROWS", 8192)
+        large = Tiles(8192, 32, 128, 4)
+        monkeypatch.setattr("stopfast.kernels.predictor_tokens.token_tiles", lambda dtype: large)
     report |= boundary(fused_draw, "tokens", device)
     assert not failures(report), report
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.harness import relative_error
 from stopfast.kernels._launch import Launch, interpreted, watch_launches
-from stopfast.kernels._token_kernels import tokens_kernel
+from stopfast.kernels._token_kernels import RANGE, Tiles, tokens_kernel
 from stopfast.kernels.noise import positional_noise
 from stopfast.kernels.ops import EAGER, FUSED, Noise, Ops, Places
 from tests.noise_battery import error_limit, fused_draw, repeats
@@ -101,18 +101,21 @@ def test_fused_is_the_definition(call: Call):
     assert torch.equal(alone(call, ops=EAGER), defined)
 
 
+def retile(monkeypatch: pytest.MonkeyPatch, tiles: Tiles) -> None:
+    own = tiles._replace(rows=min(tiles.rows, RANGE))
+    monkeypatch.setattr("stopfast.kernels.predictor_tokens.token_tiles", lambda dtype: tiles)
+    monkeypatch.setattr("stopfast.kernels._token_gradients.noise_weight_tiles", lambda dtype: own)
+
+
 @pytest.mark.parametrize("tiles", [(16, 64, 16), (32, 16, 64), (128, 32, 32)], ids=str)
 def test_tiles(tiles: tuple[int, int, int], call: Call, monkeypatch: pytest.MonkeyPatch):
     """The same bits in tiles of any rows, depth and columns, and the same noise drawn again in backward."""
     weight, gradient = identity(call[0].device), like_tokens(call)
     before = alone(call), alone(call, weight), trained(call, gradient)
-    for name, size in zip(("ROWS", "DEPTH", "COLUMNS"), tiles, strict=True):
-        monkeypatch.setattr(f"stopfast.kernels.predictor_tokens.{name}", size)
-        if name != "COLUMNS":
-            monkeypatch.setattr(f"stopfast.kernels._token_gradients.{name}", size)
+    retile(monkeypatch, Tiles(*tiles, 4))
     with watch_launches() as launches:
         after = alone(call), alone(call, weight), trained(call, gradient)
-    assert all(made.constants["ROWS"] == tiles[0] for made in launches)
+    assert {made.constants["ROWS"] for made in launches} == {tiles[0], min(tiles[0], RANGE)}
     assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
     assert relative_error(after[2], before[2]) < 1e-6  # summed in another order
 
@@ -123,8 +126,7 @@ def test_order_of_programs(call: Call, monkeypatch: pytest.MonkeyPatch):
         pytest.skip("a GPU runs programs in no order")
     from triton.runtime.interpreter import InterpreterBuilder
 
-    for module in ("predictor_tokens", "_token_gradients"):  # several programs along each axis
-        monkeypatch.setattr(f"stopfast.kernels.{module}.ROWS", 32)
+    retile(monkeypatch, Tiles(32, 32, 128, 4))  # several programs along each axis
     weight, gradient = identity(call[0].device), like_tokens(call)
     before = alone(call), alone(call, weight), trained(call, gradient)
     seen, plain = [], InterpreterBuilder.set_grid_idx
