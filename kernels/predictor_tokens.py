@@ -96,9 +96,11 @@ def _forward(
     copies = sequences // max(1, batch)
     for is_context, noisy in ((True, on_context), (False, on_queries)):
         rows = sequences * kept if is_context else blocks * sequences * tokens
+        # Without a product it is a copy, which smaller programs spread better.
+        rows_each = tiles.rows if is_context or noisy else min(32, tiles.rows)
         launch(
             tokens_kernel,
-            (triton.cdiv(rows, tiles.rows), triton.cdiv(columns, side_by_side * width)),
+            (triton.cdiv(rows, rows_each), triton.cdiv(columns, side_by_side * width)),
             x if is_context else None,
             weight if is_context else None,
             projection if noisy else None,
@@ -127,7 +129,7 @@ def _forward(
             sequences * slots * columns,
             writes=(result,),
             num_warps=WARPS,
-            ROWS=tiles.rows,
+            ROWS=rows_each,
             DEPTH=tiles.depth,
             COLUMNS=width,
             TILES=side_by_side,
