@@ -31,18 +31,21 @@ class Mutant(NamedTuple):
 TESTS = {
     "predictor_tokens": ("tests/test_kernels.py", "tests/test_real_shapes.py"),
     "target_smooth_l1": ("tests/test_kernels.py", "tests/test_real_shapes.py"),
-    "attention": ("tests/test_kernels.py", "tests/test_real_shapes.py", "tests/test_attention.py"),
+    "attention": ("tests/test_kernels.py", "tests/test_real_shapes.py", "tests/test_attention_backends.py"),
     "layer_norm": ("tests/test_kernels.py", "tests/test_dtypes.py"),
     "linear_gelu": ("tests/test_kernels.py", "tests/test_dtypes.py"),
     "adamw_ema": ("tests/test_kernels.py", "tests/test_adamw_ema.py"),
-    "multiblock_masks": ("tests/test_kernels.py",),
+    "multiblock_masks": ("tests/test_kernels.py", "tests/test_fused_masks.py"),
 }
 """By operation, the files of its tests; of those that serve several, the tests that name it are run."""
 
 TOKENS, GRADIENTS = "kernels/_token_kernels.py", "kernels/_token_gradients.py"
+ATTENTION, NORM, GELU = "kernels/_attention_kernels.py", "kernels/layer_norm.py", "kernels/linear_gelu.py"
+UPDATE, MASKS = "kernels/adamw_ema.py", "kernels/multiblock_masks.py"
 PHILOX, LOSS, WRAPPER = "kernels/_philox.py", "kernels/target_smooth_l1.py", "kernels/predictor_tokens.py"
 
-P, S = "predictor_tokens", "target_smooth_l1"
+P, S, A, N = "predictor_tokens", "target_smooth_l1", "attention", "layer_norm"
+G, U, M = "linear_gelu", "adamw_ema", "multiblock_masks"
 MUTANTS = (
     Mutant(P, "32-bit rows", TOKENS, "row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)",
            "row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)"),
@@ -111,6 +114,45 @@ MUTANTS = (
     Mutant(S, "token's stride for the image's", LOSS, "image[:, None] * features_image", "image[:, None] * features_token"),
     Mutant(S, "sign of the linear slope", LOSS, "tl.where(error > 0, 1.0, -1.0)", "tl.where(error > 0, 1.0, 1.0)"),
     Mutant(S, "incoming gradient ignored", LOSS, "(tl.load(upstream) / count)", "(1.0 / count)"),
+    Mutant(A, "keys of the padding seen", ATTENTION, "return tl.where(slot < context_slots, slot < context, slot - context_slots < target)",
+           "return tl.where(slot < context_slots, slot <= context, slot - context_slots < target)"),
+    Mutant(A, "keys beyond the last weigh in", ATTENTION, "scores = scores * (scale * _LOG2_E) + tl.where(keys, 0.0, _LOWEST)[None, :]",
+           "scores = scores * (scale * _LOG2_E)"),
+    Mutant(A, "natural exponent", ATTENTION, "scores = scores * (scale * _LOG2_E) + tl.where", "scores = scores * scale + tl.where"),
+    Mutant(A, "rows not normed", ATTENTION, "tl.where(real, 1.0 / tl.sum(weights, 1), 0.0)", "tl.where(real, 1.0, 0.0)"),
+    Mutant(A, "padded queries answered", ATTENTION, "mixed *= tl.where(real, 1.0 / tl.sum(weights, 1), 0.0)[:, None]",
+           "mixed *= (1.0 / tl.sum(weights, 1))[:, None]"),
+    Mutant(A, "target queries taken for context", ATTENTION, "real = (row < rows) & _real(first + row, context_slots, context, target)\n\n    far",
+           "real = (row < rows) & _real(row, context_slots, context, target)\n\n    far"),
+    Mutant(A, "delta dropped", ATTENTION, "weights * (slope - tl.sum(weights * slope, 1)[:, None])", "weights * slope"),
+    Mutant(A, "scale missing from the keys' gradient", ATTENTION, "(dk_tile * scale).to(", "dk_tile.to("),
+    Mutant(A, "scale missing from the queries' gradient", ATTENTION, "input_precision=\"ieee\") * scale\n", "input_precision=\"ieee\")\n"),
+    Mutant(A, "values' gradient from the first rows alone", ATTENTION, "dv_tile = tl.dot(tl.trans(low), up_tile, dv_tile,", "dv_tile = tl.dot(tl.trans(low), up_tile, dv_tile * 0,"),
+    Mutant(A, "upstream's strides swapped", ATTENTION, "image * upstream_batch + head + far * upstream_row", "image * upstream_row + head + far * upstream_batch"),
+    Mutant(N, "residual dropped", NORM, "value += tl.load(residual + at", "value += 0 * tl.load(residual + at"),
+    Mutant(N, "eps outside the root", NORM, "tl.rsqrt(tl.sum(centred * centred, 1) / width + eps)", "tl.rsqrt(tl.sum(centred * centred, 1) / width) + eps"),
+    Mutant(N, "bias dropped", NORM, "    if bias is not None:\n        result +=", "    if bias is None:\n        result +="),
+    Mutant(N, "mean of the gradient kept", NORM, "slope - tl.sum(slope, 1)[:, None] / width - normal * along", "slope - normal * along"),
+    Mutant(N, "gradient through the sum lost", NORM, "gradient += tl.load(through_total", "gradient += 0 * tl.load(through_total"),
+    Mutant(G, "bias of the other stripe", GELU, "column + COLUMNS // 4, rows", "column, rows"),
+    Mutant(G, "tanh's approximation", GELU, "slope *= _distribution(value) + value * density", "slope *= _distribution(value)"),
+    Mutant(G, "sign of the lower half", GELU, "return tl.where(x < 0, lower, 1.0 - lower)", "return tl.where(x < 0, 1.0 - lower, lower)"),
+    Mutant(G, "depth's end read unmasked", GELU, "held = channel < depth - start", "held = channel < depth"),
+    Mutant(G, "rows of other programs skipped", GELU, "range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS)",
+           "range(tl.program_id(0) * ROWS, tl.program_id(0) * ROWS + ROWS, tl.num_programs(0) * ROWS)"),
+    Mutant(U, "average of the old weights", UPDATE, "teacher += follow * (value - teacher)", "teacher += follow * (value * (1 + shrink) - teacher)"),
+    Mutant(U, "second moment not corrected", UPDATE, "root = tl.sqrt(1.0 - tl.exp(step * tl.log(beta2)))", "root = tl.sqrt(1.0 - 0.0 * tl.exp(step * tl.log(beta2)))"),
+    Mutant(U, "decay of the updated weights", UPDATE, "gain1 * (slope - mean)", "gain1 * slope"),
+    Mutant(U, "written in spite of an overflow", UPDATE, "end = tl.where(tl.load(found_inf) == 0, numel, 0)", "end = tl.where(tl.load(found_inf) == 0, numel, numel)"),
+    Mutant(U, "gradient not unscaled", UPDATE, "slope = tl.div_rn(slope, scale)", "slope = tl.div_rn(slope, 1.0)"),
+    Mutant(U, "last block left out", UPDATE, "for block in range(BLOCKS):", "for block in range(BLOCKS - 1):"),
+    Mutant(M, "last place never drawn", MASKS, "target_down, target_right = rows - target_height + EDGE", "target_down, target_right = rows - target_height"),
+    Mutant(M, "words of the other block", MASKS, "odd = block % 2 == 1", "odd = block % 2 == 0"),
+    Mutant(M, "redrawn at the same place", MASKS, "key, NPRED + copy, attempt, sample", "key, NPRED + copy, 0, sample"),
+    Mutant(M, "constraints never dropped", MASKS, "NPRED - attempt // FAILURES", "NPRED"),
+    Mutant(M, "one patch too few accepted", MASKS, "(kept <= min_keep)", "(kept < min_keep)"),
+    Mutant(M, "targets allowed in contexts", MASKS, "tl.where(inside, 0, member)", "tl.where(inside, member, member)"),
+    Mutant(M, "unused slots not zeroed", MASKS, "unused = (patch >= kept)", "unused = (patch > kept)"),
 )  # fmt: skip
 
 
