@@ -15,7 +15,8 @@ import triton.language as tl
 from stopfast.kernels._launch import power_of_two
 
 MAX_TOKENS = {64: 256, 80: 128}
-"""For heads up to a width, up to how many keys both kernels fit the registers of sm_80, sm_90, sm_100."""
+"""For heads up to a width, how many keys both kernels take. At the widths of published models (24, 32, 64
+and 80) bf16 and fp16 spill nothing; of other widths a few registers may, with 128 keys on sm_80."""
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LOWEST = tl.constexpr(-3e38)  # not infinity: a row without any key must not become NaN
 
@@ -149,5 +150,5 @@ def backward_tiles(head_dim: int, tokens: int, dtype: torch.dtype) -> dict[str, 
 
 
 def _constants(head_dim: int, tokens: int) -> dict[str, Any]:
-    keys, width = power_of_two(tokens, at_least=32), power_of_two(head_dim)
+    keys, width = power_of_two(tokens, at_least=32), power_of_two(head_dim, at_least=32)
     return {"HEAD": head_dim, "WIDTH": width, "KEYS": keys}

@@ -28,7 +28,13 @@ def measured(gpu: str) -> dict[str, Any]:
     return _tables().get(gpu, {})
 
 
+def attention_entries(table: dict[str, Any], head_dim: int) -> tuple[tuple[int, str], ...]:
+    """Return (most tokens, backend) of a GPU's table, ascending."""
+    entries = table.get("attention", {}).get(f"d{head_dim}", [])
+    return tuple((int(most), str(backend)) for most, backend in entries)
+
+
 def attention_choice(table: dict[str, Any], head_dim: int, tokens: int) -> str:
     """Return the fastest backend by a GPU's table."""
-    entries = table.get("attention", {}).get(f"d{head_dim}", [])
+    entries = attention_entries(table, head_dim)
     return next((backend for most, backend in entries if tokens <= most), "sdpa")

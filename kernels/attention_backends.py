@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
 from stopfast.kernels import reference
-from stopfast.kernels._measured import attention_choice, measured
+from stopfast.kernels._measured import attention_entries, measured
 from stopfast.kernels.attention import attention as triton_attention
 from stopfast.kernels.attention import supports
 
@@ -41,9 +41,8 @@ def triton(
     arguments = (packed, num_heads, scale, queries, lengths, context_slots)
     if supports(head_dim, packed.shape[1], torch.float32):
         return triton_attention(*arguments)
-    _warn_once(
-        f"attention of {packed.shape[1]} tokens with head dim {head_dim} is computed by SDPA"
-    )
+    # The same text for every shape, since lengths change from step to step.
+    _warn_once("attention of more tokens or wider heads than our kernel takes is computed by SDPA")
     return sdpa(*arguments)
 
 
@@ -84,8 +83,10 @@ def xformers(
     q, k, v, valid = _operands(packed, num_heads, queries, lengths, context_slots)
     bias = None
     if valid is not None:
-        row = torch.where(valid[0], 0.0, -torch.inf).to(q.dtype)
-        bias = row.expand(q.shape[0], num_heads, q.shape[1], -1)
+        tokens = k.shape[1]
+        row = q.new_zeros(-(-tokens // 8) * 8)[:tokens]  # it wants rows of memory in eights
+        row = row.masked_fill_(~valid[0], -torch.inf)
+        bias = row.expand(q.shape[0], num_heads, q.shape[1], tokens)
     out = function(q, k, v, attn_bias=bias, scale=scale)
     return (out if valid is None else torch.where(valid[1][:, None, None], out, 0)).flatten(2)
 
@@ -96,7 +97,7 @@ def auto(packed: Tensor, num_heads: int, *arguments: Any, **named: Any) -> Tenso
         return reference.attention(packed, num_heads, *arguments, **named)
     queries = arguments[1] if len(arguments) > 1 else named.get("queries")
     head_dim = packed.shape[2] // ((3 if queries is None else 2) * num_heads)
-    chosen = _choose(packed.device.index, head_dim, int(packed.shape[1]))
+    chosen = _choose(packed.device.index, head_dim, packed.shape[1])
     return chosen(packed, num_heads, *arguments, **named)
 
 
@@ -133,23 +134,32 @@ def _xformers_problem() -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
 def _choose(device: int | None, head_dim: int, tokens: int) -> Attention:
-    name = attention_choice(measured(torch.cuda.get_device_name(device)), head_dim, tokens)
-    if name == "xformers" and (problem := _xformers_problem()):
+    for most, name in _entries(device, head_dim):
+        if tokens <= most:
+            return _NAMED[name]
+    return sdpa
+
+
+@torch.compiler.assume_constant_result
+def _entries(device: int | None, head_dim: int) -> tuple[tuple[int, str], ...]:
+    """The table's, without the tokens: as part of the constant they would compile anew at each length."""
+    entries = attention_entries(measured(torch.cuda.get_device_name(device)), head_dim)
+    if any(name == "xformers" for _, name in entries) and (problem := _xformers_problem()):
         _warn_once(f"attention is computed by SDPA, since xformers is not there ({problem})")
-        name = "sdpa"
-    return _NAMED[name]
+        return tuple((most, "sdpa" if name == "xformers" else name) for most, name in entries)
+    return entries
+
+
+@torch.compiler.assume_constant_result
+def _warn_once(message: str) -> None:
+    """Under torch.compile, while it traces."""
+    _warn_now(message)
 
 
 @functools.cache
 def _warn_now(message: str) -> None:
     warnings.warn(message, stacklevel=4)
-
-
-def _warn_once(message: str) -> None:
-    if not torch.compiler.is_compiling():
-        _warn_now(message)
 
 
 @functools.cache

@@ -203,7 +203,8 @@ def _save(ctx, inputs, output) -> None:
 def _differentiate(ctx, through_total: Tensor | None, upstream: Tensor | None, *_: None) -> tuple:
     total, rstd, weight = ctx.saved_tensors
     of_x, of_residual, of_weight, of_bias = ctx.dtypes
-    if upstream is None:  # only the sum is used, so there is one
+    if upstream is None:
+        assert through_total is not None  # only the sum is used
         return through_total.to(of_x), through_total.to(of_residual), None, None, None, None
     through = through_total if of_residual is not None else None
     affine = of_weight is not None or of_bias is not None

@@ -84,7 +84,12 @@ def build_objective(config: Config, steps_per_epoch: int) -> Jepa:
             ops=step_ops(config),
             **dataclasses.asdict(config.noise),
         )
-    masks = MultiBlockMasks(grid=grid, seed=config.run.seed, **dataclasses.asdict(config.mask))
+    masks = MultiBlockMasks(
+        grid=grid,
+        seed=config.run.seed,
+        ops=step_ops(config),
+        **dataclasses.asdict(config.mask),
+    )
     total = int(optim.ipe_scale * optim.epochs * steps_per_epoch)
 
     def threshold(epochs: float) -> int | None:

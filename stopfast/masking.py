@@ -11,15 +11,24 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from stopfast.kernels.ops import (
+    FAILURES_PER_TARGET,
+    FUSED,
+    MASK_STREAM,
+    MaskSettings,
+    Ops,
+    ops_on,
+    resolve_ops,
+)
+from stopfast.philox import words
 from stopfast.pos_embed import Grid
 
 Range = tuple[float, float]
 Truncate = Literal["first", "random"]
 Scope = Literal["local", "global"]
 
-_FAILURES_PER_TRY = 20  # published: failures before one more constraint is dropped
 _MAX_PATCHES = 1 << 13  # a table has a byte for each pair of them: 64 MiB
-_KEEP_STREAM = 1 << 32  # random numbers that choose what a context keeps; below it, its attempts
+_KEEP_STREAM = 1 << 32  # numpy's random numbers that choose what a context keeps
 
 
 class Masks(NamedTuple):
@@ -54,7 +63,8 @@ class MultiBlockMasks:
     """Sample M target blocks and E context blocks for each image of a batch, without a loop over images.
 
     Block sizes are a function of the iteration alone and equal those of the published programs. Block
-    places are a function of (seed, iteration, position in the batch). A context block loses what the
+    places are a function of (seed, iteration, position in the batch), the same wherever they are drawn:
+    on the host, or by the fused operation (``Ops.multiblock_masks``). A context block loses what the
     image's target blocks cover, is drawn again until more than ``min_keep`` patches survive, and every
     20 failures one more of the last targets stops to constrain it. All context masks are cut to the
     shortest of the batch.
@@ -73,7 +83,8 @@ class MultiBlockMasks:
             image) or a ``"random"`` choice.
         truncate_over: the shortest mask of the ``"local"`` part (published) or of the whole
             ``"global"`` batch, which makes accumulated micro-batches equal the big batch.
-        seed: seed of the places.
+        seed: seed of the places, less than 2**63.
+        ops: where they are FUSED's, masks are drawn on the device, unless the truncation is random.
 
     Raises:
         ValueError: ranges or counts that no block on this grid can satisfy.
@@ -94,6 +105,7 @@ class MultiBlockMasks:
         truncate: Truncate = "first",
         truncate_over: Scope = "local",
         seed: int = 0,
+        ops: Ops | str = "auto",
     ) -> None:
         for name, (low, high) in (
             ("enc_mask_scale", enc_mask_scale),
@@ -105,9 +117,9 @@ class MultiBlockMasks:
             raise ValueError(f"expected aspect_ratio with 0 < low <= high, got {aspect_ratio}")
         if math.prod(grid) > _MAX_PATCHES:
             raise ValueError(f"expected a grid of at most {_MAX_PATCHES} patches, got {grid}")
-        if nenc < 1 or npred < 1 or min_keep < 0 or seed < 0:
+        if nenc < 1 or npred < 1 or min_keep < 0 or not 0 <= seed < 1 << 63:
             raise ValueError(
-                "expected nenc >= 1, npred >= 1, min_keep >= 0 and seed >= 0, "
+                "expected nenc >= 1, npred >= 1, min_keep >= 0 and 0 <= seed < 2**63, "
                 f"got {nenc}, {npred}, {min_keep} and {seed}"
             )
         if truncate not in ("first", "random") or truncate_over not in ("local", "global"):
@@ -124,6 +136,7 @@ class MultiBlockMasks:
         self.edge_inclusive = edge_inclusive
         self.truncate, self.truncate_over = truncate, truncate_over
         self.seed = seed
+        self.ops = resolve_ops(ops)
         self._known: dict[tuple[Grid, torch.device], _Tables] = {}
         self._check_sizes()
 
@@ -146,10 +159,10 @@ class MultiBlockMasks:
     def sizes(self, iteration: int) -> Sizes:
         """Return the block sizes of an iteration (0, 1, ...), the same for every image and rank."""
         generator = torch.Generator().manual_seed(iteration)
-        target, context = torch.rand(1, generator=generator), torch.rand(1, generator=generator)
+        target, context = torch.rand(2, generator=generator).tolist()
         return Sizes(
-            block_size(target.item(), self.pred_mask_scale, self.aspect_ratio, self.grid),
-            block_size(context.item(), self.enc_mask_scale, (1.0, 1.0), self.grid),
+            block_size(target, self.pred_mask_scale, self.aspect_ratio, self.grid),
+            block_size(context, self.enc_mask_scale, (1.0, 1.0), self.grid),
         )
 
     def __call__(
@@ -163,9 +176,8 @@ class MultiBlockMasks:
     ) -> Masks:
         """Return the masks of images ``start:stop`` of a batch of ``batch_size``.
 
-        The places are drawn on the host, so they are the same on every device; all else runs on
-        ``device``. With ``truncate_over="global"`` the length is that of the whole batch, whichever
-        part is asked for. Reading the length waits for the device once.
+        With ``truncate_over="global"`` the length is that of the whole batch, whichever part is asked
+        for. Reading the length waits for the device once.
 
         Raises:
             ValueError: an empty or outlying part of the batch.
@@ -173,42 +185,62 @@ class MultiBlockMasks:
         stop = batch_size if stop is None else stop
         if not 0 <= start < stop <= batch_size:
             raise ValueError(f"expected 0 <= start < stop <= {batch_size}, got {start} and {stop}")
-        part = slice(start, stop)
-        seen = part if self.truncate_over == "local" else slice(None)
+        device = torch.device(device)
+        images = range(start, stop) if self.truncate_over == "local" else range(batch_size)
+        part = slice(start - images.start, stop - images.start)
+        fused = ops_on(self.ops, device).multiblock_masks is FUSED.multiblock_masks
+        if fused and self.truncate == "first":
+            return self._on_device(images, part, iteration, device)
         target, context = self.sizes(iteration)
-        places = self._places(
-            batch_size, iteration, 0, [target] * self.npred + [context] * self.nenc
-        )
+        places = self._places(images, iteration, 0, [target] * self.npred + [context] * self.nenc)
         places = places.to(device, non_blocking=True)
         tables = self._tables(target, places.device), self._tables(context, places.device)
-        targets, contexts = places[seen].split([self.npred, self.nenc], dim=1)
+        targets, contexts = places.split([self.npred, self.nenc], dim=1)
         binding = 0 if self.allow_overlap else self.npred
         member = tables[1].without(contexts, self._covered(tables[0], targets, binding))
         rank = member.cumsum(-1, dtype=torch.int16)
         kept = int(rank[..., -1].min())
         if kept <= self.min_keep:
-            member, rank, kept = self._redraw(
-                member, tables, targets, context, batch_size, iteration, seen
-            )
+            member, rank, kept = self._redraw(member, tables, targets, context, images, iteration)
         if self.truncate_over == "global":
-            member, rank = member[part], rank[part]
+            member, rank, targets = member[part], rank[part], targets[part]
         if self.truncate == "first":
             index = _positions(member & (rank <= kept), kept)
         else:
-            index = self._random_subset(member, kept, batch_size, iteration, part)
-        raster = places[part, : self.npred, None] + tables[0].inside
+            index = self._random_subset(member, kept, batch_size, iteration, slice(start, stop))
+        raster = targets[:, :, None] + tables[0].inside
         return Masks(list(index.unbind(1)), list(raster.unbind(1)))
 
-    def _generator(self, iteration: int, stream: int) -> np.random.Generator:
-        bits = np.random.Philox(key=self.seed, counter=[0, stream, iteration, 0])
-        return np.random.Generator(bits)
+    def _on_device(self, images: range, part: slice, iteration: int, device: torch.device) -> Masks:
+        settings = MaskSettings(
+            self.grid, self.nenc, self.npred, self.min_keep, self.allow_overlap, self.edge_inclusive
+        )
+        seed = torch.tensor([self.seed, iteration], device=device)
+        ids = torch.arange(images.start, images.stop, device=device)
+        sizes = self.sizes(iteration)
+        targets, contexts, counts = FUSED.multiblock_masks(seed, ids, *sizes, settings)
+        read = [counts.min()]
+        if not self.allow_overlap:
+            read.append(_overlap(targets, contexts, read[0], math.prod(self.grid)))
+        kept, *overlap = torch.stack(read).tolist()
+        if any(overlap):
+            self._warn_of_overlap()
+        cut, targets = contexts[:, part, :kept].contiguous(), targets[:, part].contiguous()
+        return Masks(list(cut.unbind(0)), list(targets.unbind(0)))
 
-    def _places(self, batch_size: int, iteration: int, stream: int, blocks: list[Grid]) -> Tensor:
-        """Draw each block's top left position, int64 [batch_size, len(blocks)]."""
+    def _places(
+        self, images: range, iteration: int, attempt: int, blocks: list[Grid], first: int = 0
+    ) -> Tensor:
+        """Draw each block's top left position, int64 [images, blocks]; they are numbered from ``first``.
+
+        Words 2j and 2j + 1 of an image's stream are those of block j: a quad serves two blocks.
+        """
         # Exclusive bounds, as published: the last place that would fit is never drawn.
         span = np.array(self.grid) - np.array(blocks) + int(self.edge_inclusive)
-        uniform = self._generator(iteration, stream).random((batch_size, len(blocks), 2))
-        corners = (uniform * span).astype(np.int64)
+        quads = range(first // 2, (first + len(blocks) + 1) // 2)
+        drawn = words((self.seed, iteration), images, quads, MASK_STREAM, attempt)
+        drawn = drawn.reshape(len(images), -1, 2)[:, first % 2 :][:, : len(blocks)]
+        corners = (drawn * span.astype(np.uint64) >> np.uint64(32)).astype(np.int64)
         return torch.from_numpy(corners[..., 0] * self.grid[1] + corners[..., 1])
 
     def _tables(self, block: Grid, device: torch.device) -> "_Tables":
@@ -232,23 +264,18 @@ class MultiBlockMasks:
         tables: tuple["_Tables", "_Tables"],
         targets: Tensor,
         context: Grid,
-        batch_size: int,
+        images: range,
         iteration: int,
-        seen: slice,
     ) -> tuple[Tensor, Tensor, int]:
         """Draw the contexts that are too small again, until none is.
 
         Returns the patches of each context, their running count, and the shortest context's length.
         """
-        for attempt in range(1, _FAILURES_PER_TRY * self.npred + 1):
-            dropped, failures = divmod(attempt, _FAILURES_PER_TRY)
+        for attempt in range(1, FAILURES_PER_TARGET * self.npred + 1):
+            dropped, failures = divmod(attempt, FAILURES_PER_TARGET)
             if dropped and not failures:
-                warnings.warn(
-                    f"no context of more than {self.min_keep} patches is free of all targets: some "
-                    "contexts overlap targets; fewer or smaller targets avoid this",
-                    stacklevel=3,
-                )
-            places = self._places(batch_size, iteration, attempt, [context] * self.nenc)[seen]
+                self._warn_of_overlap()
+            places = self._places(images, iteration, attempt, [context] * self.nenc, self.npred)
             covered = self._covered(tables[0], targets, self.npred - dropped)
             drawn = tables[1].without(places.to(member.device), covered)
             member = torch.where(member.sum(-1, keepdim=True) <= self.min_keep, drawn, member)
@@ -258,11 +285,20 @@ class MultiBlockMasks:
                 return member, rank, kept
         raise AssertionError("an unconstrained context is larger than min_keep")
 
+    def _warn_of_overlap(self) -> None:
+        warnings.warn(
+            f"no context of more than {self.min_keep} patches is free of all targets: some "
+            "contexts overlap targets; fewer or smaller targets avoid this",
+            stacklevel=4,
+        )
+
     def _random_subset(
         self, member: Tensor, kept: int, batch_size: int, iteration: int, part: slice
     ) -> Tensor:
         """Positions of ``kept`` patches of each context at random, ascending: [B, E, kept]."""
-        generator = self._generator(iteration, _KEEP_STREAM)
+        # Chosen on the host whatever the ops: there is no such rule in the fused operation.
+        bits = np.random.Philox(key=self.seed, counter=[0, _KEEP_STREAM, iteration, 0])
+        generator = np.random.Generator(bits)
         keys = generator.random((batch_size, *member.shape[1:]), dtype=np.float32)[part]
         ranked = torch.from_numpy(keys).to(member.device).masked_fill_(~member, -1.0)
         return ranked.topk(kept, dim=-1).indices.sort(-1).values
@@ -302,6 +338,15 @@ def _positions(mask: Tensor, count: int) -> Tensor:
         flat = mask.flatten().nonzero()[:, 0]
     row = torch.arange(mask.shape[0] * mask.shape[1], device=mask.device) * mask.shape[2]
     return flat.view(*mask.shape[:2], count) - row.view(*mask.shape[:2], 1)
+
+
+def _overlap(targets: Tensor, contexts: Tensor, shortest: Tensor, patches: int) -> Tensor:
+    """Whether a context has a patch of its image's targets among its first ``shortest``: 0 or 1."""
+    covered = torch.zeros(targets.shape[1], patches, dtype=torch.bool, device=targets.device)
+    covered.scatter_(1, targets.transpose(0, 1).flatten(1), True)
+    real = torch.arange(contexts.shape[2], device=contexts.device) < shortest
+    met = covered.expand(len(contexts), *covered.shape).gather(2, contexts)
+    return (met & real).any().to(shortest)
 
 
 class MaskCollator:
