@@ -85,7 +85,9 @@ def launch(
         return
     device = next(a.device for a in arguments if isinstance(a, Tensor))
     if interpreted(kernel):
-        _interpret(functools.partial(kernel[tuple(grid)], **constants, **options), arguments, writes)
+        _interpret(
+            functools.partial(kernel[tuple(grid)], **constants, **options), arguments, writes
+        )
     elif device.type == "cuda":
         with torch.cuda.device(device):
             kernel[tuple(grid)](*arguments, **constants, **options)

@@ -69,7 +69,11 @@ class MaskSettings(NamedTuple):
     edge_inclusive: bool
 
 
-_MOST_TOKENS, _MOST_BLOCKS, _MOST_COPIES = 1 << 16, 1 << 8, 1 << 7  # what the bits of a counter can name
+_MOST_TOKENS, _MOST_BLOCKS, _MOST_COPIES = (
+    1 << 16,
+    1 << 8,
+    1 << 7,
+)  # what the bits of a counter can name
 
 
 def check_draws(seed: Tensor, blocks: int, copies: int, tokens: int) -> None:

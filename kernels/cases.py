@@ -168,7 +168,9 @@ def _adamw_ema(shape: Shape, dtype: torch.dtype, device: torch.device) -> Argume
             exp_avg_sq=_normal(size, scale=0.1, **wide).square(),
             average=_normal(size, **wide) if teacher else None,
             param_copy=torch.zeros(size, dtype=low, device=device) if copies else None,
-            average_copy=torch.zeros(size, dtype=low, device=device) if copies and teacher else None,
+            average_copy=torch.zeros(size, dtype=low, device=device)
+            if copies and teacher
+            else None,
         ),
         "scalars": torch.tensor(scalars, dtype=torch.float64, device=device),
         "found_inf": None if flag is None else torch.tensor(float(flag), device=device),

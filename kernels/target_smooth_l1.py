@@ -69,7 +69,9 @@ def _smooth_l1_kernel(
         gradient = tl.where(both, slope * (tl.load(upstream) / count), 0.0)
         place = row[:, None] * width + channel[None, :]
         tl.store(
-            result + place, gradient.to(result.dtype.element_ty), mask=inside[:, None] & held[None, :]
+            result + place,
+            gradient.to(result.dtype.element_ty),
+            mask=inside[:, None] & held[None, :],
         )
     else:
         loss = tl.where(size < 1.0, 0.5 * error * error, size - 0.5)
@@ -118,9 +120,7 @@ def _run(
 
 
 @torch.library.custom_op("stopfast::target_smooth_l1", mutates_args=())
-def _forward(
-    prediction: Tensor, features: Tensor, index: Tensor, lengths: Tensor | None
-) -> Tensor:
+def _forward(prediction: Tensor, features: Tensor, index: Tensor, lengths: Tensor | None) -> Tensor:
     return _run(prediction, features, index, lengths, None).sum()
 
 

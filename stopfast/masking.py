@@ -185,12 +185,12 @@ class MultiBlockMasks:
         stop = batch_size if stop is None else stop
         if not 0 <= start < stop <= batch_size:
             raise ValueError(f"expected 0 <= start < stop <= {batch_size}, got {start} and {stop}")
-        device = torch.device(device)
         images = range(start, stop) if self.truncate_over == "local" else range(batch_size)
         part = slice(start - images.start, stop - images.start)
-        fused = ops_on(self.ops, device).multiblock_masks is FUSED.multiblock_masks
-        if fused and self.truncate == "first":
-            return self._on_device(images, part, iteration, device)
+        operation = ops_on(self.ops, torch.device(device)).multiblock_masks
+        if operation is FUSED.multiblock_masks and self.truncate == "first":
+            ids = torch.arange(images.start, images.stop, device=device)
+            return self._on_device(ids, part, iteration)
         target, context = self.sizes(iteration)
         places = self._places(images, iteration, 0, [target] * self.npred + [context] * self.nenc)
         places = places.to(device, non_blocking=True)
@@ -205,18 +205,17 @@ class MultiBlockMasks:
         if self.truncate_over == "global":
             member, rank, targets = member[part], rank[part], targets[part]
         if self.truncate == "first":
-            index = _positions(member & (rank <= kept), kept)
+            index = _first(member, rank, kept)
         else:
             index = self._random_subset(member, kept, batch_size, iteration, slice(start, stop))
         raster = targets[:, :, None] + tables[0].inside
         return Masks(list(index.unbind(1)), list(raster.unbind(1)))
 
-    def _on_device(self, images: range, part: slice, iteration: int, device: torch.device) -> Masks:
+    def _on_device(self, ids: Tensor, part: slice, iteration: int) -> Masks:
         settings = MaskSettings(
             self.grid, self.nenc, self.npred, self.min_keep, self.allow_overlap, self.edge_inclusive
         )
-        seed = torch.tensor([self.seed, iteration], device=device)
-        ids = torch.arange(images.start, images.stop, device=device)
+        seed = torch.tensor([self.seed, iteration], device=ids.device)
         sizes = self.sizes(iteration)
         targets, contexts, counts = FUSED.multiblock_masks(seed, ids, *sizes, settings)
         read = [counts.min()]
@@ -240,7 +239,7 @@ class MultiBlockMasks:
         quads = range(first // 2, (first + len(blocks) + 1) // 2)
         drawn = words((self.seed, iteration), images, quads, MASK_STREAM, attempt)
         drawn = drawn.reshape(len(images), -1, 2)[:, first % 2 :][:, : len(blocks)]
-        corners = (drawn * span.astype(np.uint64) >> np.uint64(32)).astype(np.int64)
+        corners = (drawn * span.astype(np.uint64) >> np.uint64(32)).view(np.int64)
         return torch.from_numpy(corners[..., 0] * self.grid[1] + corners[..., 1])
 
     def _tables(self, block: Grid, device: torch.device) -> "_Tables":
@@ -252,10 +251,11 @@ class MultiBlockMasks:
     @staticmethod
     def _covered(table: "_Tables", targets: Tensor, binding: int) -> Tensor:
         """What the first ``binding`` targets of each image cover: words [B, W]."""
+        rows = table.words.index_select(0, targets[:, :binding].flatten())
         covered = table.words.new_zeros(len(targets), table.words.shape[1])
         # A loop over the few masks is faster than a reduction over an axis of that length.
-        for places in targets[:, :binding].unbind(1):
-            covered |= table.words[places]
+        for row in rows.view(len(targets), binding, table.words.shape[1]).unbind(1):
+            covered |= row
         return covered
 
     def _redraw(
@@ -296,7 +296,6 @@ class MultiBlockMasks:
         self, member: Tensor, kept: int, batch_size: int, iteration: int, part: slice
     ) -> Tensor:
         """Positions of ``kept`` patches of each context at random, ascending: [B, E, kept]."""
-        # Chosen on the host whatever the ops: there is no such rule in the fused operation.
         bits = np.random.Philox(key=self.seed, counter=[0, _KEEP_STREAM, iteration, 0])
         generator = np.random.Generator(bits)
         keys = generator.random((batch_size, *member.shape[1:]), dtype=np.float32)[part]
@@ -330,14 +329,16 @@ class _Tables(NamedTuple):
         return (self.words[places] & ~covered[:, None]).view(torch.bool)
 
 
-def _positions(mask: Tensor, count: int) -> Tensor:
-    """Where each row of a mask [B, E, N] is true, which is ``count`` times: int64 [B, E, count]."""
-    if mask.device.type == "cpu":  # numpy's is six times as fast as torch's
-        flat = torch.from_numpy(np.flatnonzero(mask.numpy()))
-    else:
-        flat = mask.flatten().nonzero()[:, 0]
-    row = torch.arange(mask.shape[0] * mask.shape[1], device=mask.device) * mask.shape[2]
-    return flat.view(*mask.shape[:2], count) - row.view(*mask.shape[:2], 1)
+def _first(member: Any, rank: Any, kept: int) -> Tensor:  # noqa: ANN401
+    """Positions of the first ``kept`` true of each row of [B, E, N], by their running count."""
+    rows, patches, device = member.shape[:2], member.shape[2], member.device
+    host = device.type == "cpu"
+    if host:  # numpy compares and searches six times as fast as torch
+        member, rank = member.numpy(), rank.numpy()
+    wanted = member & (rank <= kept)
+    found = torch.from_numpy(np.flatnonzero(wanted)) if host else wanted.flatten().nonzero()
+    start = torch.arange(0, rows.numel() * patches, patches, device=device)
+    return found.view(*rows, kept) - start.view(*rows, 1)
 
 
 def _overlap(targets: Tensor, contexts: Tensor, shortest: Tensor, patches: int) -> Tensor:

@@ -31,18 +31,35 @@ class Mutant(NamedTuple):
 TESTS = {
     "predictor_tokens": ("tests/test_kernels.py", "tests/test_real_shapes.py"),
     "target_smooth_l1": ("tests/test_kernels.py", "tests/test_real_shapes.py"),
-    "attention": ("tests/test_kernels.py", "tests/test_real_shapes.py", "tests/test_attention_backends.py"),
-    "layer_norm": ("tests/test_kernels.py", "tests/test_dtypes.py"),
-    "linear_gelu": ("tests/test_kernels.py", "tests/test_dtypes.py"),
+    "attention": (
+        "tests/test_kernels.py",
+        "tests/test_real_shapes.py",
+        "tests/test_attention_backends.py",
+    ),
+    "layer_norm": ("tests/test_kernels.py", "tests/test_dtypes.py", "tests/test_partial_sums.py"),
+    "linear_gelu": (
+        "tests/test_kernels.py",
+        "tests/test_dtypes.py",
+        "tests/test_linear_gelu.py",
+        "tests/test_partial_sums.py",
+    ),
     "adamw_ema": ("tests/test_kernels.py", "tests/test_adamw_ema.py"),
     "multiblock_masks": ("tests/test_kernels.py", "tests/test_fused_masks.py"),
 }
 """By operation, the files of its tests; of those that serve several, the tests that name it are run."""
 
 TOKENS, GRADIENTS = "kernels/_token_kernels.py", "kernels/_token_gradients.py"
-ATTENTION, NORM, GELU = "kernels/_attention_kernels.py", "kernels/layer_norm.py", "kernels/linear_gelu.py"
+ATTENTION, NORM, GELU = (
+    "kernels/_attention_kernels.py",
+    "kernels/layer_norm.py",
+    "kernels/linear_gelu.py",
+)
 UPDATE, MASKS = "kernels/adamw_ema.py", "kernels/multiblock_masks.py"
-PHILOX, LOSS, WRAPPER = "kernels/_philox.py", "kernels/target_smooth_l1.py", "kernels/predictor_tokens.py"
+PHILOX, LOSS, WRAPPER = (
+    "kernels/_philox.py",
+    "kernels/target_smooth_l1.py",
+    "kernels/predictor_tokens.py",
+)
 
 P, S, A, N = "predictor_tokens", "target_smooth_l1", "attention", "layer_norm"
 G, U, M = "linear_gelu", "adamw_ema", "multiblock_masks"
@@ -179,12 +196,17 @@ def main(operations: list[str]) -> int:
         return 1
     torch.set_num_threads(1)
     os.environ["TRITON_INTERPRET"] = "1"
-    import_module("torch._dynamo")  # and Triton with it, before the forks, so that each copy need not
+    import_module(
+        "torch._dynamo"
+    )  # and Triton with it, before the forks, so that each copy need not
     clean = True
     for operation in sorted(chosen):
         code = run_on_copy(None, lambda copy, name=operation: run_tests(copy, name))
         clean = clean and code == 0
-        print(f"{'passed' if code == 0 else f'FAILED ({code})'}  {operation} without a mistake", flush=True)
+        print(
+            f"{'passed' if code == 0 else f'FAILED ({code})'}  {operation} without a mistake",
+            flush=True,
+        )
     caught, survivors = 0, []
     for mutant in (m for m in MUTANTS if m.operation in chosen):
         mistake = (mutant.file, mutant.right, mutant.wrong)

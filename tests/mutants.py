@@ -81,7 +81,7 @@ MUTANTS = (
         4,
         "padded to the longest instead of cut to the shortest",
         MASKING,
-        "_positions(member & (rank <= kept), kept)",
+        "_first(member, rank, kept)",
         "member.byte().topk(int(rank.max()), -1).indices.sort(-1).values",
     ),
     Mutant(

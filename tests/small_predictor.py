@@ -46,7 +46,10 @@ class Recorder:
 
         def keep(x: Tensor, *arguments: Any) -> Tensor:
             out = EAGER.predictor_tokens(x, *arguments)
-            self.context_tokens, self.query_tokens = out[: len(x), : x.shape[1]], out[:, x.shape[1] :]
+            self.context_tokens, self.query_tokens = (
+                out[: len(x), : x.shape[1]],
+                out[:, x.shape[1] :],
+            )
             return out
 
         self.ops = EAGER._replace(predictor_tokens=keep)

@@ -179,7 +179,10 @@ def test_optimizer(ops: Ops):
     """The object itself goes on as one update of weights, state and teacher; undone, it goes on too."""
 
     def train(steps: int, accelerated: bool) -> list[Tensor]:
-        theirs, teacher = published(qkv_bias=False), published(qkv_bias=False)  # keys' biases: no gradient
+        theirs, teacher = (
+            published(qkv_bias=False),
+            published(qkv_bias=False),
+        )  # keys' biases: no gradient
         decayed = [p for p in theirs.parameters() if p.requires_grad and p.ndim > 1]
         plain = [p for p in theirs.parameters() if p.requires_grad and p.ndim == 1]
         groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]

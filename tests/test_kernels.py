@@ -43,7 +43,9 @@ def fused(case: Case, arguments: dict[str, Any], gradients: list[Tensor] | None 
 def errors(got: Run, exact: Run) -> list[float]:
     """Relative error (norm of the difference over the norm) of each result and gradient."""
     found = []
-    for value, expected in zip(got.results + got.gradients, exact.results + exact.gradients, strict=True):
+    for value, expected in zip(
+        got.results + got.gradients, exact.results + exact.gradients, strict=True
+    ):
         assert (value is None) == (expected is None)
         if value is None or expected is None:
             continue
@@ -52,7 +54,9 @@ def errors(got: Run, exact: Run) -> list[float]:
             assert torch.equal(value, expected)
             continue
         difference = (value.double() - expected.double()).norm().item()
-        found.append(difference / max(expected.double().norm().item(), 1e-30) if difference else 0.0)
+        found.append(
+            difference / max(expected.double().norm().item(), 1e-30) if difference else 0.0
+        )
     return found
 
 
@@ -63,7 +67,9 @@ def test_fp32(case: Case, shape: Shape, device: torch.device, poisoned: None):
     before = [t.detach().clone() for t in tensors(arguments)]
     exact = run(EAGER, case, copied(arguments, torch.float64))
     got = fused(case, copied(arguments) if case.in_place else arguments)
-    tolerance = 1e-2 if case.in_place else 1e-5  # copies of the weights are bf16: see test_adamw_ema
+    tolerance = (
+        1e-2 if case.in_place else 1e-5
+    )  # copies of the weights are bf16: see test_adamw_ema
     assert all(error <= tolerance for error in errors(got, exact))
     assert all(torch.equal(a, b) for a, b in zip(before, tensors(arguments), strict=True))
 
@@ -76,7 +82,9 @@ def test_half_precision(case: Case, shape: Shape, dtype: torch.dtype, device: to
     exact = run(EAGER, case, copied(arguments, torch.float64))
     eager = run(EAGER, case, copied(arguments))
     got = fused(case, copied(arguments))
-    for value, plain in zip(got.results + got.gradients, eager.results + eager.gradients, strict=True):
+    for value, plain in zip(
+        got.results + got.gradients, eager.results + eager.gradients, strict=True
+    ):
         assert value is None or value.dtype == plain.dtype
     floor = 2 * torch.finfo(dtype).eps
     split = sum(r.is_floating_point() for r in exact.results)
@@ -136,7 +144,9 @@ def test_padding(case: Case, shape: Shape, device: torch.device):
     outputs = tensors(getattr(EAGER, case.name)(**arguments))
     upstream = incoming(outputs)
     for gradient in upstream:
-        if gradient.ndim == 3:  # the padded rows of a result are those that are zero in every sequence
+        if (
+            gradient.ndim == 3
+        ):  # the padded rows of a result are those that are zero in every sequence
             gradient[:, (outputs[0] == 0).all(2).all(0)] = torch.nan
     got = fused(case, arguments, upstream)
     assert all(error <= 1e-5 for error in errors(got, expected))

@@ -15,7 +15,9 @@ def test_every_case_has_a_mutant_that_applies():
         assert mutant.right != mutant.wrong
 
 
-@pytest.mark.parametrize("mutant", kernel_mutants.MUTANTS, ids=lambda m: f"{m.operation}: {m.mistake}")
+@pytest.mark.parametrize(
+    "mutant", kernel_mutants.MUTANTS, ids=lambda m: f"{m.operation}: {m.mistake}"
+)
 def test_every_mutant_of_a_kernel_applies(mutant: kernel_mutants.Mutant):
     assert (ROOT / mutant.file).read_text().count(mutant.right) == 1
     assert mutant.right != mutant.wrong

@@ -33,6 +33,21 @@ def test_passes(precision, tmp_path, capsys):
     assert "predictions" in out and "loss over 3 steps" in out and "DIFFERS" not in out
 
 
+def test_fifty_steps():
+    """Weights, teacher and losses stay within twice eager's own distance from a run in fp64."""
+    config = replace(TINY, optim=replace(TINY.optim, start_lr=1e-3))
+    arms = {n: verify._arm(config, n, None, "cpu") for n in ("exact", "eager", "fused")}
+    before = verify._weights(arms["exact"])
+    losses: dict[str, list] = {name: [] for name in arms}
+    for number, images in enumerate(verify._images(config, 50, "cpu"), start=1):
+        for name, arm in arms.items():
+            losses[name].append(arm.step(images.to(arm.dtype), number).loss.double())
+    away = {name: torch.stack(losses[name]) - torch.stack(losses["exact"]) for name in arms}
+    assert 0 < away["fused"].norm() <= 2 * away["eager"].norm()
+    for row in verify._weight_rows(arms, before, 50, 0.0):
+        assert 0 < row.fused <= 2 * row.eager
+
+
 def test_a_wrong_operation_is_found(tmp_path, capsys, monkeypatch):
     """A bias that is lost, in a gradient alone, shows as that gradient."""
 
