@@ -69,7 +69,8 @@ def launch(
         constants: the kernel's ``tl.constexpr`` parameters.
 
     Raises:
-        ValueError: tensors on no GPU without the interpreter, or a grid beyond CUDA's limits.
+        ValueError: tensors on several devices, or on no GPU without the interpreter, or a grid beyond
+            CUDA's limits.
     """
     name = getattr(kernel, "__name__", None) or kernel.fn.__name__
     over = any(size > limit for size, limit in zip(grid, _MAX_GRID, strict=False))
@@ -83,7 +84,10 @@ def launch(
         watch.launches.append(Launch(name, kernel, arguments, constants, options))
     if not all(watch.run for watch in _watches):
         return
-    device = next(a.device for a in arguments if isinstance(a, Tensor))
+    devices = {a.device for a in arguments if isinstance(a, Tensor)}
+    if len(devices) != 1:
+        raise ValueError(f"{name}: expected tensors on one device, got {sorted(map(str, devices))}")
+    (device,) = devices
     if interpreted(kernel):
         _interpret(
             functools.partial(kernel[tuple(grid)], **constants, **options), arguments, writes
@@ -138,6 +142,24 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
 def power_of_two(size: int, at_least: int = 16) -> int:
     """The smallest power of two that is not less than either number."""
     return max(at_least, 1 << max(0, size - 1).bit_length())
+
+
+def check_shapes(name: str, **shapes: tuple[Tensor | None, Sequence[int]]) -> None:
+    """Refuse arguments of other shapes than those expected of them; an absent one has any.
+
+    Raises:
+        ValueError: one that differs. A kernel would read what lies beside it.
+    """
+    for argument, (tensor, expected) in shapes.items():
+        if tensor is not None and tuple(tensor.shape) != tuple(expected):
+            raise ValueError(
+                f"{name}: expected {argument} {tuple(expected)}, got {tuple(tensor.shape)}"
+            )
+
+
+def dense(tensor: Tensor | None) -> Tensor | None:
+    """``tensor`` without gaps, for what a kernel reads as one line of numbers."""
+    return None if tensor is None else tensor.contiguous()
 
 
 def rows_contiguous(tensor: Tensor) -> Tensor:

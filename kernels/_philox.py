@@ -48,7 +48,7 @@ def noise_tile(seed, step, sample, place, first_quad, QUADS: tl.constexpr):
     and 1).
     """
     quad = (first_quad + tl.arange(0, QUADS)).to(tl.uint32)[None, :]
-    shape: tl.constexpr = (sample.shape[0], QUADS)
+    shape: tl.constexpr = (sample.shape[0], QUADS)  # type: ignore[assignment]
     c0 = tl.broadcast_to(quad, shape)
     c1 = tl.broadcast_to(place.to(tl.uint32)[:, None], shape)
     c2 = tl.broadcast_to(sample.to(tl.uint32)[:, None], shape)

@@ -15,7 +15,13 @@ from stopfast.kernels._attention_kernels import (
     forward_kernel,
     forward_tiles,
 )
-from stopfast.kernels._launch import compute_dtype, launch, rows_contiguous
+from stopfast.kernels._launch import (
+    check_shapes,
+    compute_dtype,
+    dense,
+    launch,
+    rows_contiguous,
+)
 
 
 def supports(head_dim: int, tokens: int, dtype: torch.dtype) -> bool:
@@ -56,7 +62,8 @@ def attention(
                 f"attention: expected queries {list(expected)} in {dtype}, got "
                 f"{list(queries.shape)} in {queries.dtype}"
             )
-    return _forward(packed, queries, lengths, num_heads, scale, context_slots)
+    check_shapes("attention", lengths=(lengths, (2,)))
+    return _forward(packed, queries, dense(lengths), num_heads, scale, context_slots)
 
 
 def _split(packed: Tensor, queries: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

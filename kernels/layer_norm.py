@@ -9,7 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stopfast.kernels._launch import compute_dtype, launch, power_of_two, rows_contiguous
+from stopfast.kernels._launch import (
+    check_shapes,
+    compute_dtype,
+    dense,
+    launch,
+    power_of_two,
+    rows_contiguous,
+)
 
 _ELEMENTS = 4096  # of the rows that one program holds at a time
 _MAX_WIDTH = 8192  # a row of it fits the registers of a backward program
@@ -227,14 +234,15 @@ def layer_norm(
     eps: float,
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Fused :func:`stopfast.kernels.reference.layer_norm`; without a residual the sum is x itself."""
-    if x.shape[-1] > _MAX_WIDTH or (residual is not None and residual.shape != x.shape):
-        raise ValueError(
-            f"layer_norm: expected rows of at most {_MAX_WIDTH} and a residual of x's shape, got "
-            f"{tuple(x.shape)} and {None if residual is None else tuple(residual.shape)}"
-        )
-    weight = None if weight is None else weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
+    """Fused :func:`stopfast.kernels.reference.layer_norm`; without a residual the sum is x itself.
+
+    Raises ValueError for a residual of another shape than x's, other shapes, or rows too wide.
+    """
+    if x.shape[-1] > _MAX_WIDTH:
+        raise ValueError(f"layer_norm: expected rows of at most {_MAX_WIDTH}, got {x.shape[-1]}")
+    check_shapes("layer_norm", residual=(residual, x.shape))
+    check_shapes("layer_norm", weight=(weight, x.shape[-1:]), bias=(bias, x.shape[-1:]))
+    weight, bias = dense(weight), dense(bias)
     dtype = compute_dtype(x)
     if residual is not None and not torch.is_autocast_enabled(x.device.type):
         dtype = torch.promote_types(dtype, residual.dtype)

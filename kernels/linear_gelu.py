@@ -10,7 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stopfast.kernels._launch import compute_dtype, launch, power_of_two, rows_contiguous
+from stopfast.kernels._launch import (
+    check_shapes,
+    compute_dtype,
+    launch,
+    power_of_two,
+    rows_contiguous,
+)
 
 _ELEMENTS = 2048  # that one program of backward holds at a time
 # Programs of backward at most, in all; each has a partial sum of the bias's gradient. Not asked of the
@@ -226,15 +232,17 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Fused :func:`stopfast.kernels.reference.linear_gelu`; the pre-activation is kept in x's dtype."""
+    """Fused :func:`stopfast.kernels.reference.linear_gelu`; the pre-activation is kept in x's dtype.
+
+    Raises ValueError where shapes or dtypes do not fit each other.
+    """
     dtype = compute_dtype(x)
-    given = [x, weight] if bias is None else [x, weight, bias]
+    given = [x, weight] if bias is None else [x, weight, bias.contiguous()]
     if torch.is_autocast_enabled(x.device.type):
         given = [tensor.to(dtype) for tensor in given]
-    if any(tensor.dtype != dtype for tensor in given) or x.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            "linear_gelu: expected x, weight and bias of one dtype and width, got "
-            f"{[(tensor.dtype, tuple(tensor.shape)) for tensor in given]}"
-        )
+    if any(tensor.dtype != dtype for tensor in given):
+        raise ValueError(f"linear_gelu: expected one dtype, got {[t.dtype for t in given]}")
+    width = (weight.shape[0], x.shape[-1])
+    check_shapes("linear_gelu", weight=(weight, width), bias=(bias, width[:1]))
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
     return _forward(given[0], given[1], None if bias is None else given[2], save)[0]

@@ -11,7 +11,12 @@ import triton.language as tl
 from torch import Tensor
 
 from stopfast.kernels._launch import launch, power_of_two
-from stopfast.kernels.arguments import FAILURES_PER_TARGET, MASK_STREAM, MaskSettings
+from stopfast.kernels.arguments import (
+    FAILURES_PER_TARGET,
+    MASK_STREAM,
+    MaskSettings,
+    check_draws,
+)
 
 _STREAM = (MASK_STREAM + 1) << 48  # what it changes in a seed: see stopfast.kernels.noise.words
 _MAX_PATCHES = 1 << 13  # of one grid, which a program holds in registers
@@ -137,7 +142,12 @@ def multiblock_masks(
     context_size: tuple[int, int],
     settings: MaskSettings,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Fused :func:`stopfast.kernels.reference.multiblock_masks`; exactly equal to it."""
+    """Fused :func:`stopfast.kernels.reference.multiblock_masks`; exactly equal to it.
+
+    Raises:
+        ValueError: blocks that do not fit the grid, a grid that is too large, or another seed.
+    """
+    check_draws(seed, 0, 0, 0)
     rows, columns = settings.grid
     blocks = (target_size, context_size)
     fit = all(0 < height <= rows and 0 < width <= columns for height, width in blocks)
@@ -148,7 +158,7 @@ def multiblock_masks(
         )
     return _draw(
         seed,
-        sample_ids,
+        sample_ids.to(seed.device, torch.int64),
         [rows, columns, *target_size, *context_size],
         settings.npred,
         settings.nenc,

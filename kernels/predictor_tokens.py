@@ -8,7 +8,14 @@ import torch
 import triton
 from torch import Tensor
 
-from stopfast.kernels._launch import compute_dtype, launch, power_of_two, rows_contiguous
+from stopfast.kernels._launch import (
+    check_shapes,
+    compute_dtype,
+    dense,
+    launch,
+    power_of_two,
+    rows_contiguous,
+)
 from stopfast.kernels._token_gradients import predictor_tokens_backward
 from stopfast.kernels._token_kernels import WARPS, token_tiles, tokens_kernel
 from stopfast.kernels.arguments import Noise, Places, check_draws
@@ -26,8 +33,16 @@ def predictor_tokens(
     """Fused :func:`stopfast.kernels.reference.predictor_tokens`.
 
     The products are computed in x's dtype (autocast's inside autocast), everything else in fp32.
+    That indices lie in 0..N-1 is not checked, which would wait for the device.
+
+    Raises:
+        ValueError: arguments whose shapes do not fit each other, another precision than fp32, bf16 and
+            fp16, or noise without seed and sample_ids where it has to be drawn.
     """
     dtype = compute_dtype(x)
+    _check(x, places, weight, bias, pos_embed, offset)
+    if noise is not None:
+        _check_noise(x, places, pos_embed, noise)
     tied = noise is not None and noise.weight is weight
     projected = noise is not None and noise.weight is not None
     own = noise.weight if noise is not None and not tied else None
@@ -35,20 +50,61 @@ def predictor_tokens(
         rows_contiguous(x.to(dtype)),
         places.context.contiguous(),
         places.target.contiguous(),
-        places.lengths,
+        dense(places.lengths),
         rows_contiguous(weight.to(dtype)),
-        bias,
+        dense(bias),
         pos_embed.contiguous(),
-        offset,
+        dense(offset),
         *_draws(noise, x, places),
         None if own is None else rows_contiguous(own.to(dtype)),
-        None if noise is None or noise.queries is None else noise.queries.contiguous(),
-        None if noise is None or noise.context is None else noise.context.contiguous(),
+        None if noise is None else dense(noise.queries),
+        None if noise is None else dense(noise.context),
         0.0 if noise is None else float(noise.std),
         noise is not None and noise.on_queries,
         noise is not None and noise.on_context,
         projected,
     )
+
+
+def _check(
+    x: Tensor,
+    places: Places,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos_embed: Tensor,
+    offset: Tensor | None,
+) -> None:
+    batch, columns = places.target.shape[1], pos_embed.shape[1]
+    if x.shape[0] % max(1, batch):
+        raise ValueError(
+            f"predictor_tokens: expected contexts of {batch} images each, got {x.shape[0]} of them"
+        )
+    check_shapes(
+        "predictor_tokens",
+        context=(places.context, x.shape[:2]),
+        lengths=(places.lengths, (2,)),
+        weight=(weight, (columns, x.shape[2])),
+        bias=(bias, (columns,)),
+        offset=(offset, (columns,)),
+    )
+
+
+def _check_noise(x: Tensor, places: Places, pos_embed: Tensor, noise: Noise) -> None:
+    blocks, batch, tokens = places.target.shape
+    columns = pos_embed.shape[1]
+    channels = columns if noise.weight is None else noise.weight.shape[1]
+    check_shapes(
+        "predictor_tokens",
+        noise_weight=(noise.weight, (columns, channels)),
+        sample_ids=(noise.sample_ids, (batch,)),
+        queries=(noise.queries, (blocks, x.shape[0], tokens, channels)),
+        context_noise=(noise.context, (*x.shape[:2], channels)),
+    )
+    drawn = (noise.on_queries and noise.queries is None) or (
+        noise.on_context and noise.context is None
+    )
+    if drawn and (noise.seed is None or noise.sample_ids is None):
+        raise ValueError("expected seed and sample_ids, or explicit draws for every noisy token")
 
 
 def _draws(noise: Noise | None, x: Tensor, places: Places) -> tuple[Tensor | None, Tensor | None]:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stopfast.kernels._launch import launch, power_of_two, rows_contiguous
+from stopfast.kernels._launch import check_shapes, dense, launch, power_of_two, rows_contiguous
 
 _ELEMENTS = 4096  # of one program
 
@@ -157,5 +157,20 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 def target_smooth_l1(
     prediction: Tensor, features: Tensor, index: Tensor, lengths: Tensor | None = None
 ) -> Tensor:
-    """Fused :func:`stopfast.kernels.reference.target_smooth_l1`; the result is fp32."""
-    return _forward(prediction, features.detach(), index, lengths)
+    """Fused :func:`stopfast.kernels.reference.target_smooth_l1`; the result is fp32.
+
+    Raises:
+        ValueError: arguments whose shapes do not fit each other.
+    """
+    (blocks, batch, tokens), (sequences, _, width) = index.shape, prediction.shape
+    if sequences % max(1, blocks * batch):
+        raise ValueError(
+            f"target_smooth_l1: expected {blocks} x {batch} sequences for each context, got {sequences}"
+        )
+    check_shapes(
+        "target_smooth_l1",
+        prediction=(prediction, (sequences, tokens, width)),
+        features=(features, (batch, features.shape[1], width)),
+        lengths=(lengths, (2,)),
+    )
+    return _forward(prediction, features.detach(), index, dense(lengths))

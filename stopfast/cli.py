@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +14,7 @@ from stopfast import env
 from stopfast.build import choose_device
 from stopfast.config import PRESETS, Config, to_document
 from stopfast.evaluate import Which, evaluate_checkpoint, print_evaluation, save_evaluation
+from stopfast.step import Precision
 from stopfast.train import pretrain
 from stopfast.verify import print_rows, read_config, verify
 
@@ -58,6 +59,8 @@ class VerifyArguments:
     """Length of the stretch of training whose losses are laid over each other."""
     images: int | None = None
     """Random images of a step; default: the settings' batch."""
+    precision: Precision | None = None
+    """Precision of the steps; default: the settings'."""
     device: str = "auto"
 
 
@@ -104,8 +107,11 @@ def _evaluate(arguments: Sequence[str]) -> None:
 
 def _verify(arguments: Sequence[str]) -> int:
     asked = tyro.cli(VerifyArguments, prog="stopfast verify", args=arguments)
+    config = read_config(asked.config)
+    if asked.precision is not None:
+        config = replace(config, step=replace(config.step, precision=asked.precision))
     rows = verify(
-        read_config(asked.config),
+        config,
         checkpoint=asked.checkpoint,
         steps=asked.steps,
         images=asked.images,

@@ -168,7 +168,8 @@ class Predictor(nn.Module, HubMixin):
             noise: explicit draws for the queries, one [E * B, Ky, noise channels] for each target mask,
                 already scaled by the standard deviation.
             noise_context: explicit draws for the context, [E * B, Kx, noise channels], scaled.
-            seed: int64 [2] (seed, step) or a seed alone (step 0); None draws one from torch's
+            seed: int64 [2] (seed, step) or a seed alone (step 0); a tensor on x's device under CUDA graph
+                capture, so that each replay can have its own step; None draws one from torch's
                 generator of x's device: where activations are recomputed without torch's generator
                 (``preserve_rng_state=False``, ``activation_memory_budget``), that would be another
                 draw in the recomputation, so give a seed there. Noise follows

@@ -221,3 +221,65 @@ def test_bad_optimizers():
     with pytest.raises(ValueError, match="expected an optimizer"):
         accelerate(theirs, teachers=[(theirs, published())])
     assert "forward" not in vars(theirs)
+
+
+class Impostor(nn.Module):
+    """A block with the layers of a plain one that computes something else."""
+
+    def __init__(self, activation=nn.functional.gelu, causal: bool = False) -> None:
+        super().__init__()
+        plain = PublishedEncoder(
+            img_size=(16,), patch_size=4, embed_dim=96, depth=1, num_heads=2
+        ).blocks[0]
+        self.norm1, self.attn, self.norm2, self.mlp = (
+            plain.norm1,
+            plain.attn,
+            plain.norm2,
+            plain.mlp,
+        )
+        self.activation, self.causal = activation, causal
+        for parameter in self.parameters():  # small, as every transformer begins
+            nn.init.trunc_normal_(parameter, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            t.unflatten(-1, (2, -1)).transpose(1, 2)
+            for t in self.attn.qkv(self.norm1(x)).chunk(3, dim=-1)
+        )
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        x = x + self.attn.proj(mixed.transpose(1, 2).flatten(2))
+        return x + self.mlp.fc2(self.activation(self.mlp.fc1(self.norm2(x))))
+
+
+def tanh_gelu(x: Tensor) -> Tensor:
+    return nn.functional.gelu(x, approximate="tanh")
+
+
+@pytest.mark.parametrize("zeroed", [False, True], ids=["small", "zeroed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "changed",
+    [{"activation": f} for f in (tanh_gelu, nn.functional.silu, nn.functional.relu)]
+    + [{"causal": True}],
+    ids=["tanh", "silu", "relu", "causal"],
+)
+def test_impostors(changed: dict, dtype: torch.dtype, zeroed: bool):
+    """Weights as they are initialised, or branches that begin at zero, pass nothing off as the same."""
+    block = Impostor(**changed).to(dtype)
+    if zeroed:
+        for layer in (block.attn.proj, block.mlp.fc2):
+            nn.init.zeros_(layer.weight)
+    with pytest.raises(ValueError, match="differs from the replacement"):
+        accelerate(block, ops=EAGER)
+    assert accelerate(Impostor().to(dtype), ops=EAGER).replaced == [""]
+
+
+def test_hooks_of_the_optimizer_stay():
+    theirs, calls = published(), []
+    optimizer = torch.optim.AdamW(theirs.parameters())
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    accelerate(theirs, ops=EAGER, optimizer=optimizer)
+    x, masks_x, masks = inputs()
+    theirs(x, masks_x, masks).sum().backward()
+    optimizer.step()
+    assert calls == ["after"]

@@ -1,6 +1,6 @@
 """Every fused operation against its eager definition, at awkward shapes, strides and dtypes."""
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -67,10 +67,10 @@ def test_fp32(case: Case, shape: Shape, device: torch.device, poisoned: None):
     before = [t.detach().clone() for t in tensors(arguments)]
     exact = run(EAGER, case, copied(arguments, torch.float64))
     got = fused(case, copied(arguments) if case.in_place else arguments)
-    tolerance = (
-        1e-2 if case.in_place else 1e-5
-    )  # copies of the weights are bf16: see test_adamw_ema
-    assert all(error <= tolerance for error in errors(got, exact))
+    # The copies of the weights are bf16; test_adamw_ema holds them to the last bit.
+    kept = [r for r in got.results + got.gradients if r is not None and r.is_floating_point()]
+    for value, error in zip(kept, errors(got, exact), strict=True):
+        assert error <= (1e-5 if value.dtype == torch.float32 else 1e-2)
     assert all(torch.equal(a, b) for a, b in zip(before, tensors(arguments), strict=True))
 
 
@@ -86,7 +86,7 @@ def test_half_precision(case: Case, shape: Shape, dtype: torch.dtype, device: to
         got.results + got.gradients, eager.results + eager.gradients, strict=True
     ):
         assert value is None or value.dtype == plain.dtype
-    floor = 2 * torch.finfo(dtype).eps
+    floor = torch.finfo(dtype).eps / 16  # where eager happens to be exact
     split = sum(r.is_floating_point() for r in exact.results)
     pairs = list(zip(errors(got, exact), errors(eager, exact), strict=True))
     assert all(mine <= 2 * its + floor for mine, its in pairs[:split]), pairs[:split]
@@ -94,18 +94,23 @@ def test_half_precision(case: Case, shape: Shape, dtype: torch.dtype, device: to
 
 
 def strided(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Floating arguments with NaN between their rows and, of three axes, two swapped in memory."""
+    """Tensors with NaN (or -1) between their rows or numbers and, of three axes, two swapped in memory."""
     made: dict[int, Tensor] = {}
 
     def spread(leaf: object) -> object:
-        if not isinstance(leaf, Tensor) or leaf.ndim < 2 or not leaf.is_floating_point():
+        if not isinstance(leaf, Tensor) or leaf.ndim == 0:
             return leaf
         if id(leaf) not in made:
-            wide = leaf.new_full((*leaf.shape[:-1], leaf.shape[-1] + 3), torch.nan)
-            if leaf.ndim > 2:
-                wide = wide.transpose(0, 1).contiguous().transpose(0, 1)
-            wide[..., : leaf.shape[-1]] = leaf.detach()
-            made[id(leaf)] = wide[..., : leaf.shape[-1]].requires_grad_(leaf.requires_grad)
+            gap = torch.nan if leaf.is_floating_point() else -1
+            if leaf.ndim == 1:
+                wide = leaf.new_full((2 * len(leaf),), gap)[::2]
+            else:
+                wide = leaf.new_full((*leaf.shape[:-1], leaf.shape[-1] + 3), gap)
+                if leaf.ndim > 2:
+                    wide = wide.transpose(0, 1).contiguous().transpose(0, 1)
+                wide = wide[..., : leaf.shape[-1]]
+            wide.copy_(leaf.detach())
+            made[id(leaf)] = wide.requires_grad_(leaf.requires_grad)
         return made[id(leaf)]
 
     return torch.utils._pytree.tree_map(spread, arguments)
@@ -127,7 +132,9 @@ def test_strides(case: Case, shape: Shape, device: torch.device):
 PADDED = {"predictor_tokens": "x", "attention": "packed", "target_smooth_l1": "prediction"}
 
 
-@pytest.mark.parametrize(("case", "shape"), [p for p in SHAPES if "lengths" in p.values[1]])
+@pytest.mark.parametrize(
+    ("case", "shape"), [p for p in SHAPES if "lengths" in cast(dict, p.values[1])]
+)
 def test_padding(case: Case, shape: Shape, device: torch.device):
     """Padding that holds NaN, in arguments and in incoming gradients, reaches nothing."""
     arguments = case.make(shape, torch.float32, device)
@@ -206,7 +213,6 @@ def test_compiles_whole(case: Case, shape: Shape, device: torch.device):
     arguments = case.make(shape, torch.float32, device)
     compiled = torch.compile(getattr(FUSED, case.name), fullgraph=True, backend="aot_eager")
     expected = run(FUSED, case, copied(arguments))
-    got = fused(case._replace(), copied(arguments))
     with watch_launches() as launches:
         got = run(FUSED._replace(**{case.name: compiled}), case, copied(arguments))
     assert launches
