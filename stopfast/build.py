@@ -64,32 +64,43 @@ def build_encoder(config: Config) -> VisionTransformer:
     )
 
 
-def build_objective(config: Config, steps_per_epoch: int) -> Jepa:
-    """Return the objective of these settings, its weights drawn from the run's seed."""
-    model, optim = config.model, config.optim
+def build_predictor(config: Config) -> Predictor:
+    """Return the predictor of these settings, initialised from torch's generator."""
+    model = config.model
     grid = image_grid(config.data.transforms.size, model.patch_size)
-    with seeded(config.run.seed):
-        encoder = build_encoder(config)
-        predictor = Predictor(
-            num_patches=grid[0] * grid[1],
-            embed_dim=model.embed_dim,
-            predictor_embed_dim=model.predictor_embed_dim,
-            depth=model.predictor_depth,
-            num_heads=model.num_heads,
-            mlp_ratio=model.mlp_ratio,
-            norm_layer=published_norm,
-            grid_size=grid,
-            init_rescale=model.init_rescale,
-            checkpointing=config.step.checkpointing,
-            ops=step_ops(config),
-            **dataclasses.asdict(config.noise),
-        )
-    masks = MultiBlockMasks(
-        grid=grid,
+    return Predictor(
+        num_patches=grid[0] * grid[1],
+        embed_dim=model.embed_dim,
+        predictor_embed_dim=model.predictor_embed_dim,
+        depth=model.predictor_depth,
+        num_heads=model.num_heads,
+        mlp_ratio=model.mlp_ratio,
+        norm_layer=published_norm,
+        grid_size=grid,
+        init_rescale=model.init_rescale,
+        checkpointing=config.step.checkpointing,
+        ops=step_ops(config),
+        **dataclasses.asdict(config.noise),
+    )
+
+
+def build_masks(config: Config) -> MultiBlockMasks:
+    """Return the mask sampler of these settings."""
+    return MultiBlockMasks(
+        grid=image_grid(config.data.transforms.size, config.model.patch_size),
         seed=config.run.seed,
         ops=step_ops(config),
         **dataclasses.asdict(config.mask),
     )
+
+
+def build_objective(config: Config, steps_per_epoch: int) -> Jepa:
+    """Return the objective of these settings, its weights drawn from the run's seed."""
+    model, optim = config.model, config.optim
+    with seeded(config.run.seed):
+        encoder = build_encoder(config)
+        predictor = build_predictor(config)
+    masks = build_masks(config)
     total = int(optim.ipe_scale * optim.epochs * steps_per_epoch)
 
     def threshold(epochs: float) -> int | None:

@@ -12,8 +12,9 @@ from rich.console import Console
 
 from stopfast import env
 from stopfast.build import choose_device
-from stopfast.config import PRESETS, Config, to_document
+from stopfast.config import Config, to_document
 from stopfast.evaluate import Which, evaluate_checkpoint, print_evaluation, save_evaluation
+from stopfast.presets import PRESETS
 from stopfast.step import Precision
 from stopfast.train import pretrain
 from stopfast.verify import print_rows, read_config, verify

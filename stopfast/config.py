@@ -1,7 +1,6 @@
-"""The settings of a run: frozen dataclasses, and presets as functions that return them."""
+"""The settings of a run, as frozen dataclasses."""
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
@@ -27,6 +26,12 @@ class Transforms:
     """Width over height of the random crop."""
     flip: float = 0.0
     """Probability of a horizontal flip."""
+    gray: float = 0.0
+    """Probability of a grayscale image."""
+    blur: float = 0.0
+    """Probability of a Gaussian blur, after flip and grayscale."""
+    blur_radius: Range = (0.1, 2.0)
+    """Standard deviation of the blur, in pixels of the training image, drawn uniformly."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Mean of each channel, of values in 0..1, that is subtracted."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -43,7 +48,13 @@ class Transforms:
             0 < self.crop_ratio[0] <= self.crop_ratio[1],
             f"expected crop_ratio 0 < low <= high, got {self.crop_ratio}",
         )
-        _require(0 <= self.flip <= 1, f"expected flip in 0..1, got {self.flip}")
+        for name in ("flip", "gray", "blur"):
+            share = getattr(self, name)
+            _require(0 <= share <= 1, f"expected {name} in 0..1, got {share}")
+        _require(
+            0 < self.blur_radius[0] <= self.blur_radius[1],
+            f"expected blur_radius 0 < low <= high, got {self.blur_radius}",
+        )
         _require(0 < self.center <= 1, f"expected center in (0, 1], got {self.center}")
 
 
@@ -52,16 +63,28 @@ class DataConfig:
     """Where the images come from."""
 
     root: Path | None = None
-    """Folder of class folders of JPEG files, or a folder with ``train/`` and ``test/`` of that kind."""
+    """Folder of images, of class folders or of webdataset tars, or a folder with ``train/`` of that kind;
+    or one tar."""
     batch_size: int = 64
     """Images of one optimiser step."""
     threads: int = 2
     """Threads that decode."""
+    loader: Literal["auto", "dali", "pil"] = "auto"
+    """What decodes: NVIDIA DALI or PIL; ``auto`` is DALI where it is installed."""
+    hardware_share: float = 0.65
+    """Share of the images that a GPU's JPEG hardware decodes, where it has any."""
+    broken: Literal["refuse", "skip"] = "refuse"
+    """Images that cannot be decoded: say which and stop before training, or leave them out."""
+    max_broken: float = 0.01
+    """With ``broken="skip"``: share of the images above which the run is refused all the same."""
     transforms: Transforms = field(default_factory=Transforms)
 
     def __post_init__(self) -> None:
         _require(self.batch_size > 0, f"expected batch_size > 0, got {self.batch_size}")
         _require(self.threads > 0, f"expected threads > 0, got {self.threads}")
+        for name in ("hardware_share", "max_broken"):
+            share = getattr(self, name)
+            _require(0 <= share <= 1, f"expected {name} in 0..1, got {share}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,9 +200,32 @@ class StepConfig:
     """Implementation of the operations; ``auto`` is eager on the CPU and by measurement on a GPU."""
     attention: Literal["auto", "triton", "sdpa", "flex", "xformers"] = "auto"
     """Backend of attention; ``auto`` is that of the operations."""
+    compile: bool = False
+    """Compile the blocks with torch.compile."""
 
     def __post_init__(self) -> None:
         _require(self.accumulate > 0, f"expected accumulate > 0, got {self.accumulate}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MonitorConfig:
+    """What is watched while training: a loss that falls says nothing about collapse."""
+
+    every: int = 500
+    """Steps between two looks; 0 for none."""
+    images: int = 512
+    """Training images, fixed, whose features are watched."""
+    labelled: Path | None = None
+    """Folder with ``train/`` and ``test/`` of class folders for a kNN accuracy; default: where the training
+    images lie, if there are such folders."""
+    labelled_images: int = 2048
+    """At most this many images of each of the two."""
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 0, f"expected every >= 0, got {self.every}")
+        for name in ("images", "labelled_images"):
+            count = getattr(self, name)
+            _require(count > 1, f"expected {name} > 1, got {count}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -198,6 +244,10 @@ class RunConfig:
     """Go on from the newest checkpoint in ``output``."""
     dry_run: bool = False
     """Print the resolved settings and stop."""
+    tensorboard: bool = False
+    """Write TensorBoard events beside the CSV and JSONL files."""
+    wandb: str | None = None
+    """Project of Weights & Biases to log to as well."""
 
     def __post_init__(self) -> None:
         _require(0 <= self.seed < 2**63, f"expected seed in 0..2**63-1, got {self.seed}")
@@ -220,6 +270,7 @@ class Config:
     mask: MaskConfig = field(default_factory=MaskConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     step: StepConfig = field(default_factory=StepConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
@@ -229,42 +280,6 @@ class Config:
             f"got {self.data.batch_size}",
         )
 
-
-def cifar10() -> Config:
-    """StoP with corrected masks on 32-pixel photographs, small enough for a CPU."""
-    return Config(
-        preset="cifar10",
-        data=DataConfig(transforms=Transforms(size=(32, 32), flip=0.5)),
-        model=ModelConfig(
-            patch_size=4,
-            embed_dim=96,
-            depth=4,
-            num_heads=4,
-            predictor_embed_dim=96,
-            predictor_depth=2,
-        ),
-        noise=NoiseConfig(variant="stop"),
-        # On an 8x8 grid a target has 9 to 12 patches, so the published floor of 10 is too high.
-        mask=MaskConfig(min_keep=4, edge_inclusive=True, truncate="random", truncate_over="global"),
-        optim=OptimConfig(
-            epochs=3, warmup=0.3, start_lr=2e-4, lr=1e-3, final_lr=1e-5, final_weight_decay=0.04
-        ),
-    )
-
-
-def demo() -> Config:
-    """The ``cifar10`` recipe on the handwritten digits that come with scikit-learn."""
-    base = cifar10()
-    return replace(
-        base,
-        preset="demo",
-        # A mirrored digit is another digit, or none; and a small crop may show none of its strokes.
-        data=replace(base.data, transforms=Transforms(size=(32, 32), crop_scale=(0.6, 1.0))),
-        optim=replace(base.optim, epochs=10, warmup=1.0),
-    )
-
-
-PRESETS: dict[str, Callable[[], Config]] = {"demo": demo, "cifar10": cifar10}
 
 T = TypeVar("T")
 

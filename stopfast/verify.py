@@ -19,8 +19,9 @@ from torch import Tensor
 
 from stopfast.build import build_objective, build_step, seeded
 from stopfast.checkpoint import load_checkpoint, load_weights, newest_checkpoint
-from stopfast.config import PRESETS, Config, from_document
+from stopfast.config import Config, from_document
 from stopfast.objectives.jepa import Jepa
+from stopfast.presets import PRESETS
 from stopfast.step import Precision, TrainStep
 
 _RESULTS, _GRADIENTS = 2.0, 3.0

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stopfast import config
+from stopfast import config, presets
 from stopfast.build import build_objective, build_step
 from stopfast.flat_adamw import FlatAdamW
 from stopfast.kernels.ops import EAGER, FUSED, AdamWBuffers, Ops
@@ -176,7 +176,7 @@ def test_only_what_is_trained_may_be_left_alone():
 
 def test_run_goes_on(tmp_path):
     """Settings to step, and a checkpoint from which the flat optimiser, or torch's, goes on."""
-    demo = config.demo()
+    demo = presets.demo()
     settings = config.replace(demo, optim=config.replace(demo.optim, optimizer="adamw_ema"))
     data = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 

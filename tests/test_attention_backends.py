@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from stopfast import build
-from stopfast.config import PRESETS
 from stopfast.kernels import _measured, attention_backends
 from stopfast.kernels.attention import supports
 from stopfast.kernels.cases import CASES
 from stopfast.kernels.ops import AUTO, EAGER, FUSED, ops_on, resolve_ops
+from stopfast.presets import PRESETS
 from tests.kernel_runs import copied, run
 from tests.test_kernels import errors
 

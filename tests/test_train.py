@@ -12,10 +12,11 @@ import torch
 
 from stopfast.checkpoint import load_checkpoint, newest_checkpoint
 from stopfast.cli import main
-from stopfast.config import PRESETS, Config, from_document, to_document
+from stopfast.config import Config, from_document, to_document
 from stopfast.data.digits import digits_folder
 from stopfast.env import dali_problem
 from stopfast.evaluate import paired_interval
+from stopfast.presets import PRESETS
 from stopfast.step import TrainStep
 
 pytestmark = pytest.mark.skipif(dali_problem() is not None, reason="NVIDIA DALI is not installed")

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from stopfast import build, cli, verify
-from stopfast.config import PRESETS, Config, to_document
+from stopfast.config import Config, to_document
 from stopfast.kernels.ops import FUSED, resolve_ops
+from stopfast.presets import PRESETS
 from stopfast.run_state import save_run
 
 TINY = PRESETS["demo"]()
