@@ -1,7 +1,15 @@
-"""Presets: functions that return settings, by the names of the command line."""
+"""Presets: functions that return settings, by the names of the command line.
+
+``ijepa-vit-*`` and ``stop-vit-*`` are the published recipes, quirks included: 2,048 images a step in
+micro-batches of what one GPU of the published runs had, since the contexts of such a part are cut to its
+shortest one. The published StoP recomputes every block's activations; that saves memory and changes no
+number, so it is left to ``step.checkpointing``. Each ``-corrected`` twin mends the quirks; see
+:func:`corrected`.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal
 
 from stopfast.config import (
     Config,
@@ -10,8 +18,13 @@ from stopfast.config import (
     ModelConfig,
     NoiseConfig,
     OptimConfig,
+    StepConfig,
     Transforms,
 )
+from stopfast.models import SHAPES, Size
+
+BATCH = 2048
+"""Images of one optimiser step in every published run."""
 
 
 def cifar10() -> Config:
@@ -48,4 +61,195 @@ def demo() -> Config:
     )
 
 
-PRESETS: dict[str, Callable[[], Config]] = {"demo": demo, "cifar10": cifar10}
+def _model(size: Size, patch_size: int, predictor_depth: int) -> ModelConfig:
+    return ModelConfig(
+        patch_size=patch_size,
+        **SHAPES[size]._asdict(),
+        predictor_embed_dim=384,
+        predictor_depth=predictor_depth,
+    )
+
+
+def _optim(
+    epochs: int,
+    warmup: int,
+    *,
+    lr: float = 1e-3,
+    final_lr: float = 1e-6,
+    fixed_from: float = -1.0,
+) -> OptimConfig:
+    """The published optimisation; ``fixed_from`` is the epoch from which its schedules stand still."""
+    return OptimConfig(
+        epochs=epochs,
+        warmup=warmup,
+        start_lr=2e-4,
+        lr=lr,
+        final_lr=final_lr,
+        weight_decay=0.04,
+        final_weight_decay=0.4,
+        ema=(0.996, 1.0),
+        fix_lr_thres=fixed_from,
+        fix_wd_thres=fixed_from,
+    )
+
+
+def _recipe(
+    name: str,
+    transforms: Transforms,
+    model: ModelConfig,
+    noise: NoiseConfig,
+    optim: OptimConfig,
+    *,
+    precision: Literal["fp32", "bf16"],
+    micro_batch: int,
+) -> Config:
+    """What the two families share."""
+    return Config(
+        preset=name,
+        data=DataConfig(batch_size=BATCH, threads=8, transforms=transforms),
+        model=model,
+        noise=noise,
+        mask=MaskConfig(
+            enc_mask_scale=(0.85, 1.0),
+            pred_mask_scale=(0.15, 0.2),
+            aspect_ratio=(0.75, 1.5),
+            nenc=1,
+            npred=4,
+            min_keep=10,
+        ),
+        optim=optim,
+        step=StepConfig(precision=precision, accumulate=BATCH // micro_batch),
+    )
+
+
+def _ijepa(
+    name: str, model: ModelConfig, optim: OptimConfig, *, side: int = 224, micro_batch: int = 128
+) -> Config:
+    return _recipe(
+        name,
+        Transforms(size=(side, side), crop_scale=(0.3, 1.0)),
+        model,
+        NoiseConfig(variant="ijepa"),
+        optim,
+        precision="bf16",
+        micro_batch=micro_batch,
+    )
+
+
+def _stop(
+    name: str,
+    model: ModelConfig,
+    optim: OptimConfig,
+    *,
+    precision: Literal["fp32", "bf16"] = "bf16",
+    noise_var: float = 0.25,
+) -> Config:
+    return _recipe(
+        name,
+        Transforms(
+            size=(224, 224),
+            crop_scale=(0.3, 1.0),
+            flip=0.5,
+            gray=0.2,
+            blur=0.5,
+            blur_radius=(0.1, 2.0),
+        ),
+        model,
+        NoiseConfig(variant="stop", noise_var=noise_var),
+        optim,
+        precision=precision,
+        micro_batch=64,
+    )
+
+
+def ijepa_vit_b16() -> Config:
+    """I-JEPA, ViT-B/16, 600 epochs. No configuration was released: epochs, warm-up and predictor depth are
+    the paper's, the rest is that of ijepa-vit-h14."""
+    return _ijepa("ijepa-vit-b16", _model("base", 16, 6), _optim(600, 15))
+
+
+def ijepa_vit_l16() -> Config:
+    """I-JEPA, ViT-L/16, 600 epochs. No configuration was released: epochs, warm-up and predictor depth are
+    the paper's, the rest is that of ijepa-vit-h14."""
+    return _ijepa("ijepa-vit-l16", _model("large", 16, 12), _optim(600, 15))
+
+
+def ijepa_vit_h14() -> Config:
+    """I-JEPA, ViT-H/14, 300 epochs, as released for ImageNet-1k."""
+    return _ijepa("ijepa-vit-h14", _model("huge", 14, 12), _optim(300, 40))
+
+
+def ijepa_vit_h16_448() -> Config:
+    """I-JEPA, ViT-H/16 at 448 pixels, 300 epochs, as released for ImageNet-1k."""
+    return _ijepa(
+        "ijepa-vit-h16-448", _model("huge", 16, 12), _optim(300, 40), side=448, micro_batch=16
+    )
+
+
+def ijepa_vit_g16() -> Config:
+    """I-JEPA, ViT-g/16, 44 epochs, as released for ImageNet-22k."""
+    return _ijepa("ijepa-vit-g16", _model("giant", 16, 16), _optim(44, 3), micro_batch=16)
+
+
+def stop_vit_b16() -> Config:
+    """StoP, ViT-B/16, 600 epochs, as released for ImageNet-1k."""
+    return _stop("stop-vit-b16", _model("base", 16, 6), _optim(600, 15, lr=8e-4, final_lr=1e-4))
+
+
+def stop_vit_l16() -> Config:
+    """StoP, ViT-L/16, 600 epochs, as released for ImageNet-1k (in fp32)."""
+    optim = _optim(600, 15, lr=8e-4, final_lr=1e-4)
+    return _stop("stop-vit-l16", _model("large", 16, 12), optim, precision="fp32")
+
+
+def stop_vit_h16() -> Config:
+    """StoP, ViT-H/16, 300 epochs, as released for ImageNet-1k; learning rate and weight decay stand still
+    from epoch 250 on."""
+    optim = _optim(300, 40, fixed_from=250)
+    return _stop("stop-vit-h16", _model("huge", 16, 12), optim, noise_var=0.2)
+
+
+def corrected(config: Config) -> Config:
+    """Return the settings with the published programs' quirks mended, and nothing else.
+
+    Masks reach the last row and column. Contexts are cut to the shortest of the whole step, not of a
+    micro-batch, so that ``step.accumulate`` changes no mask, and to a random choice of their patches,
+    not to the top of the image. Residual projections begin depth-scaled, as both programs mean them to.
+    The shortest of 2,048 contexts is shorter than that of 128: of 196 patches it keeps 43, not 50, in the mean.
+
+    Objective, noise and schedules stay as released: where a paper says something else (a variance, a
+    mask token beside the noise, a linear weight decay), that is another method, not a quirk.
+    """
+    return replace(
+        config,
+        model=replace(config.model, init_rescale=True),
+        mask=replace(config.mask, edge_inclusive=True, truncate="random", truncate_over="global"),
+    )
+
+
+def _twin(published: Callable[[], Config]) -> Callable[[], Config]:
+    def build() -> Config:
+        config = corrected(published())
+        return replace(config, preset=f"{config.preset}-corrected")
+
+    build.__doc__ = (
+        f"As {published().preset}, but masks reach every edge and are cut at random to the shortest "
+        "of the whole step, and initial weights are depth-scaled."
+    )
+    return build
+
+
+_PUBLISHED = (
+    ijepa_vit_b16,
+    ijepa_vit_l16,
+    ijepa_vit_h14,
+    ijepa_vit_h16_448,
+    ijepa_vit_g16,
+    stop_vit_b16,
+    stop_vit_l16,
+    stop_vit_h16,
+)
+PRESETS: dict[str, Callable[[], Config]] = {
+    build().preset: build
+    for build in (demo, cifar10, *_PUBLISHED, *(_twin(build) for build in _PUBLISHED))
+}
