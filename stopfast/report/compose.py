@@ -1,0 +1,112 @@
+"""The report: from the folders of runs to one HTML file."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from stopfast import __version__
+from stopfast.report.canvas import figure
+from stopfast.report.logs import read_log
+from stopfast.report.page import Section, render_page
+from stopfast.report.samples import sample_images
+from stopfast.report.sections import (
+    Group,
+    curve_section,
+    feature_section,
+    mask_section,
+    noise_section,
+    retrieval_section,
+)
+from stopfast.report.settings import difference_table, full_table, summary_table
+from stopfast.trained import TrainedRun, load_trained
+
+
+def report(
+    runs: Sequence[Path],
+    data: Path | None,
+    output: Path,
+    *,
+    title: str = "stopfast report",
+    lead: str = "",
+    sections: Sequence[Section] = (),
+    images: int = 6,
+) -> Path:
+    """Write one HTML file about finished or stopped runs; return its path.
+
+    Args:
+        runs: folders of runs or of checkpoints.
+        data: folder of images for the pictures that need some; default: that of the first run's settings.
+        output: the file; an older one is replaced.
+        title, lead: heading and first paragraph.
+        sections: what else to show, after the settings.
+        images: how many images the pictures show.
+
+    Raises:
+        ValueError: no run, or a checkpoint, log or folder that cannot be used.
+        RuntimeError: matplotlib is not installed.
+    """
+    if not runs or images < 1:
+        raise ValueError(f"expected runs and images >= 1, got {len(runs)} runs, images={images}")
+    figure(1.0)  # a missing library is told before the work, not after it
+    loaded = {name: load_trained(path) for name, path in zip(_names(runs), runs, strict=True)}
+    folder = data or next(iter(loaded.values())).config.data.root
+    groups = _groups(loaded, folder, images)
+    body = [_settings_section(loaded), *sections]
+    body.append(curve_section({n: read_log(p) for n, p in zip(loaded, runs, strict=True)}))
+    for group in groups:
+        made = (part(group) for part in _SECTIONS)
+        found = [section for section in made if section is not None]
+        if len(groups) > 1:
+            names = ", ".join(group.runs)
+            found = [replace(section, title=f"{section.title}: {names}") for section in found]
+        body += found
+    footer = f"Made by stopfast {__version__}. This file needs no other file and no network."
+    text = render_page(title, lead or _lead(loaded, folder), body, footer)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = output.with_name(f".{output.name}.unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(output)
+    return output
+
+
+_SECTIONS = (mask_section, feature_section, retrieval_section, noise_section)
+
+
+def _names(runs: Sequence[Path]) -> list[str]:
+    """Name runs by their folders, or by their whole paths where two folders have one name."""
+    names = [path.resolve().name for path in runs]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in runs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"expected runs that differ, got {names}")
+    return names
+
+
+def _groups(runs: Mapping[str, TrainedRun], folder: Path | None, count: int) -> list[Group]:
+    """Put together the runs that see an image in the same way and cut it into the same patches."""
+    alike: dict[tuple[object, ...], dict[str, TrainedRun]] = {}
+    for name, run in runs.items():
+        t = run.config.data.transforms
+        key = (t.size, t.mean, t.std, t.center, run.config.model.patch_size)
+        alike.setdefault(key, {})[name] = run
+    groups = []
+    for members in alike.values():
+        config = next(iter(members.values())).config
+        images = None if folder is None else sample_images(folder, config, count)
+        groups.append(Group(runs=members, images=images))
+    return groups
+
+
+def _settings_section(runs: Mapping[str, TrainedRun]) -> Section:
+    tables = [summary_table(runs), difference_table(runs), full_table(runs)]
+    return Section(title="Settings", parts=[table for table in tables if table is not None])
+
+
+def _lead(runs: Mapping[str, TrainedRun], folder: Path | None) -> str:
+    steps = ", ".join(f"{name} after {run.step:,} steps" for name, run in runs.items())
+    images = (
+        "No image folder was given, so pictures that need images are left out."
+        if folder is None
+        else f"Example images are from {folder}."
+    )
+    return f"Runs: {steps}. {images}"

@@ -1,0 +1,239 @@
+"""The sections of a report: what is computed of the runs, drawn, and said about it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from stopfast.build import build_masks, build_objective
+from stopfast.config import Config
+from stopfast.predictor import Predictor
+from stopfast.report import measures, pictures
+from stopfast.report.canvas import data_uri
+from stopfast.report.logs import curve, thin
+from stopfast.report.page import Picture, Section
+from stopfast.report.samples import to_pixels
+from stopfast.report.settings import mask_kind
+from stopfast.trained import TrainedRun
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_QUANTITIES = {
+    "loss": "loss",
+    "lr": "learning rate",
+    "feature_std": "feature std",
+    "rankme": "RankMe",
+    "target_variance": "target variance",
+    "knn": "kNN accuracy",
+}
+_COVERAGE_IMAGES = 4096
+_DRAWS = 256
+_TEMPERATURE = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Runs of one image size and patch size, which share pictures."""
+
+    runs: Mapping[str, TrainedRun]
+    images: Tensor | None
+    """fp32 [B, 3, H, W], normalised; None where there are none to show."""
+
+    @property
+    def first(self) -> TrainedRun:
+        """The run whose settings decide what the others share."""
+        return next(iter(self.runs.values()))
+
+
+def curve_section(logs: Mapping[str, list[dict[str, Any]]]) -> Section:
+    """Return loss, learning rate and monitors over the steps."""
+    panels, longest = {}, 1
+    for key, name in _QUANTITIES.items():
+        curves = {run: thin(curve(rows, key)) for run, rows in logs.items()}
+        longest = max(longest, *(length for _, _, length in curves.values()))
+        drawn = {run: (steps, values) for run, (steps, values, _) in curves.items() if steps}
+        if drawn:
+            panels[name] = drawn
+    if not panels:
+        return Section(title="Training", text="These runs left no log.")
+    points = "" if longest == 1 else f" A point is the mean of up to {longest:,} steps."
+    caption = (
+        f"What the runs logged while they trained.{points} The loss is the mean smooth-L1 distance to the "
+        "target encoder's features, which change as it trains: a lower loss is no better encoder, and "
+        "losses of runs with other targets do not compare."
+    )
+    figure = pictures.draw_curves(panels, log_scale=("loss",))
+    return Section(title="Training", parts=[_picture(figure, ", ".join(panels), caption, "svg")])
+
+
+def mask_section(group: Group) -> Section:
+    """Return example masks, and how often each patch is context and target."""
+    config = group.first.config
+    parts = []
+    masks = build_masks(config)
+    if group.images is not None:
+        batch = max(config.data.batch_size, len(group.images))
+        drawn = masks(batch, 0, stop=len(group.images))
+        pixels = to_pixels(group.images, config.data.transforms)
+        caption = (
+            f"Masks of the first step ({mask_kind(config)}), laid over example images. Context: what the "
+            f"encoder is given, cut to the shortest of the {batch} contexts of its batch. Targets: the "
+            f"{len(drawn.target)} blocks whose features are predicted; they may overlap one another."
+        )
+        figure = pictures.draw_masks(pixels, drawn, masks.grid)
+        parts.append(_picture(figure, "example masks", caption))
+    batches = max(1, _COVERAGE_IMAGES // config.data.batch_size)
+    kinds = {name: replace(config, mask=mask) for name, mask in _mask_kinds(config).items()}
+    coverages = {
+        name: measures.coverage(build_masks(kind), config.data.batch_size, batches)
+        for name, kind in kinds.items()
+    }
+    empty = [
+        name for name, c in coverages.items() if not (c.target[-1].any() or c.context[-1].any())
+    ]
+    caption = (
+        f"Share of {batches * config.data.batch_size:,} images ({batches} batches of "
+        f"{config.data.batch_size}) in which a patch is context, and in which it is target. Faithful masks "
+        "are those of the published programs; corrected ones may reach the last row and column, and cut "
+        "contexts by chance instead of from the bottom."
+    )
+    if empty:
+        caption += f" The last row and column are never seen with {' and '.join(empty)} masks."
+    parts.append(_picture(pictures.draw_coverage(coverages), "coverage of the patches", caption))
+    return Section(title="Masks", parts=parts)
+
+
+def noise_section(group: Group) -> Section:
+    """Return the covariance of the queries' noise, and what it does to positions."""
+    predictors = {name: run.predictor for name, run in group.runs.items()}
+    starts = {name: _start(run.config) for name, run in group.runs.items()}
+    spectra, ratios = {}, {}
+    for name, predictor in predictors.items():
+        for label, one in ((f"{name}, start", starts[name]), (name, predictor)):
+            spectra[label] = measures.projection_spectrum(one)
+            if measures.noise_projection(one) is not None:
+                ratios[label] = measures.noise_to_position(one)
+    caption = (
+        "Left: eigenvalues of A Aᵀ, A being the predictor's projection of the encoder's features "
+        "(predictor_embed), before training (dashed) and after."
+    )
+    if ratios:
+        caption += (
+            " StoP projects its noise by the same A, so the covariance of a query's noise is std² A Aᵀ. "
+            "Right: its trace, the mean squared length of the noise, over that of the positions, |ψ|² ("
+            + "; ".join(f"{name}: {n:.3g} over {p:.3g}" for name, (n, p) in ratios.items())
+            + ")."
+        )
+    parts = [_picture(pictures.draw_noise(spectra, ratios), "spectrum of A Aᵀ", caption, "svg")]
+    parts.append(_cosines(group, {n: p for n, p in predictors.items() if n in ratios}))
+    return Section(title="Position and noise", parts=parts)
+
+
+def feature_section(group: Group) -> Section | None:
+    """Return the principal components of patch features; None without images."""
+    if group.images is None:
+        return None
+    encoders = {"untrained": group.first.untrained()}
+    encoders |= {name: run.target_encoder for name, run in group.runs.items()}
+    grid = group.first.predictor.grid_size
+    colours, shares = {}, {}
+    for name, encoder in encoders.items():
+        found, shares[name] = measures.pca_colours(measures.patch_features(encoder, group.images))
+        colours[name] = found.unflatten(1, grid)
+    pixels = to_pixels(group.images, group.first.config.data.transforms)
+    caption = (
+        "The first three principal components of the patch features, as red, green and blue: of the "
+        "untrained encoder and of each run's target encoder. The components are those of all these images "
+        "together, and each encoder has its own, so colours compare within a row. They hold "
+        + ", ".join(f"{100 * share:.0f} % ({name})" for name, share in shares.items())
+        + " of the features' variance. A gradient that is the same in every image is position."
+    )
+    figure = pictures.draw_components(pixels, colours)
+    return Section(
+        title="Patch features", parts=[_picture(figure, "PCA of patch features", caption)]
+    )
+
+
+def retrieval_section(group: Group) -> Section | None:
+    """Return what a predicted token is like in the image; None without images."""
+    if group.images is None:
+        return None
+    config = group.first.config
+    sampler = build_masks(config)
+    batch = max(config.data.batch_size, len(group.images))
+    masks = sampler(batch, 0, stop=len(group.images))
+    found = {
+        name: measures.retrieve(run, group.images, masks, temperature=_TEMPERATURE)
+        for name, run in group.runs.items()
+    }
+    right = {
+        name: (r.weights.flatten(1).argmax(1) == r.places).float().mean().item()
+        for name, r in found.items()
+    }
+    caption = (
+        "From the context (top), the predictor predicts the feature at the framed patch, the middle of a "
+        "target block. Below: cosine of this prediction with the target encoder's feature at every patch "
+        f"of the image, as a softmax with temperature {_TEMPERATURE:g}; brighter is more alike. Noise is "
+        "drawn once, as in training. The most alike patch is the framed one in "
+        + ", ".join(f"{100 * share:.0f} % ({name})" for name, share in right.items())
+        + f" of these {len(group.images)} images."
+    )
+    pixels = to_pixels(group.images, config.data.transforms)
+    figure = pictures.draw_retrieval(pixels, masks.context[0], sampler.grid, found)
+    return Section(title="What a prediction finds", parts=[_picture(figure, "retrieval", caption)])
+
+
+def _cosines(group: Group, noisy: Mapping[str, Predictor]) -> Picture:
+    predictor = group.first.predictor
+    rows, columns = grid = predictor.grid_size
+    places = [
+        row * columns + column
+        for row, column in (
+            (rows // 4, columns // 4),
+            (rows // 4, 3 * columns // 4),
+            (rows // 2, columns // 2),
+            (3 * rows // 4, columns // 4),
+        )
+    ]
+    maps = {"position": [measures.position_cosines(predictor, place) for place in places]}
+    generator = torch.Generator().manual_seed(group.first.config.run.seed)
+    for name, one in noisy.items():
+        shape = (len(places), _DRAWS, one.noise_channels)
+        noise = torch.randn(shape, generator=generator)
+        drawn = [measures.position_cosines(one, p, n) for p, n in zip(places, noise, strict=True)]
+        maps[f"{name}:\none draw"] = [values[0] for values in drawn]
+        maps[f"{name}:\nmean of {_DRAWS}"] = [values.mean(0) for values in drawn]
+    caption = (
+        "Cosine of one position's embedding ψ (framed) with the embedding of every position. Top: ψ "
+        "itself."
+    )
+    if noisy:
+        caption += (
+            " Below: ψ with noise, ψ + std A n, for one draw of n and for the mean over "
+            f"{_DRAWS} draws; the stronger the noise, the less a query tells of its place."
+        )
+    return _picture(pictures.draw_cosines(maps, places, grid), "cosine maps of positions", caption)
+
+
+def _mask_kinds(config: Config) -> dict[str, Any]:
+    """The masks as published, mended, and, where they are neither, those of the settings."""
+    mask = config.mask
+    kinds = {
+        "faithful": replace(mask, edge_inclusive=False, truncate="first", truncate_over="local"),
+        "corrected": replace(mask, edge_inclusive=True, truncate="random", truncate_over="global"),
+    }
+    return kinds if mask in kinds.values() else {**kinds, "this run's": mask}
+
+
+def _start(config: Config) -> Predictor:
+    """Return the predictor that a run began with; the length of its epochs plays no part."""
+    return build_objective(config, steps_per_epoch=1).predictor
+
+
+def _picture(
+    figure: "Figure", alternative: str, caption: str, kind: Literal["svg", "png"] = "png"
+) -> Picture:
+    return Picture(source=data_uri(figure, kind), alternative=alternative, caption=caption)
