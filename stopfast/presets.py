@@ -1,10 +1,12 @@
 """Presets: functions that return settings, by the names of the command line.
 
-``ijepa-vit-*`` and ``stop-vit-*`` are the published recipes, quirks included: 2,048 images a step in
-micro-batches of what one GPU of the published runs had, since the contexts of such a part are cut to its
-shortest one. The published StoP recomputes every block's activations; that saves memory and changes no
-number, so it is left to ``step.checkpointing``. Each ``-corrected`` twin mends the quirks; see
-:func:`corrected`.
+``ijepa-vit-*`` and ``stop-vit-*`` are the published recipes, quirks included. A step is 2,048 images in
+micro-batches of what one GPU of the published runs had, since contexts are cut to the shortest of such
+a part. I-JEPA's ViT-B/16 and ViT-L/16 were published without their configurations, so only epochs,
+warm-up and predictor are the paper's. The published StoP recomputes every block's activations: that
+saves memory and changes no number, so it is left to ``step.checkpointing``.
+
+Each ``-corrected`` twin mends the quirks; see :func:`corrected`.
 """
 
 from collections.abc import Callable
@@ -50,7 +52,7 @@ def cifar10() -> Config:
 
 
 def demo() -> Config:
-    """The ``cifar10`` recipe on the handwritten digits that come with scikit-learn."""
+    """The cifar10 recipe on the handwritten digits that come with scikit-learn."""
     base = cifar10()
     return replace(
         base,
@@ -163,14 +165,12 @@ def _stop(
 
 
 def ijepa_vit_b16() -> Config:
-    """I-JEPA, ViT-B/16, 600 epochs. No configuration was released: epochs, warm-up and predictor depth are
-    the paper's, the rest is that of ijepa-vit-h14."""
+    """I-JEPA, ViT-B/16, 600 epochs, warm-up and predictor of the paper, else as ijepa-vit-h14."""
     return _ijepa("ijepa-vit-b16", _model("base", 16, 6), _optim(600, 15))
 
 
 def ijepa_vit_l16() -> Config:
-    """I-JEPA, ViT-L/16, 600 epochs. No configuration was released: epochs, warm-up and predictor depth are
-    the paper's, the rest is that of ijepa-vit-h14."""
+    """I-JEPA, ViT-L/16, 600 epochs, warm-up and predictor of the paper, else as ijepa-vit-h14."""
     return _ijepa("ijepa-vit-l16", _model("large", 16, 12), _optim(600, 15))
 
 
@@ -197,14 +197,13 @@ def stop_vit_b16() -> Config:
 
 
 def stop_vit_l16() -> Config:
-    """StoP, ViT-L/16, 600 epochs, as released for ImageNet-1k (in fp32)."""
+    """StoP, ViT-L/16, 600 epochs, in fp32, as released for ImageNet-1k."""
     optim = _optim(600, 15, lr=8e-4, final_lr=1e-4)
     return _stop("stop-vit-l16", _model("large", 16, 12), optim, precision="fp32")
 
 
 def stop_vit_h16() -> Config:
-    """StoP, ViT-H/16, 300 epochs, as released for ImageNet-1k; learning rate and weight decay stand still
-    from epoch 250 on."""
+    """StoP, ViT-H/16, 300 epochs, rates fixed from epoch 250, as released for ImageNet-1k."""
     optim = _optim(300, 40, fixed_from=250)
     return _stop("stop-vit-h16", _model("huge", 16, 12), optim, noise_var=0.2)
 
@@ -215,7 +214,7 @@ def corrected(config: Config) -> Config:
     Masks reach the last row and column. Contexts are cut to the shortest of the whole step, not of a
     micro-batch, so that ``step.accumulate`` changes no mask, and to a random choice of their patches,
     not to the top of the image. Residual projections begin depth-scaled, as both programs mean them to.
-    The shortest of 2,048 contexts is shorter than that of 128: of 196 patches it keeps 43, not 50, in the mean.
+    The shortest of 2,048 contexts is shorter than that of 128: of 196 patches it keeps 43, not 50.
 
     Objective, noise and schedules stay as released: where a paper says something else (a variance, a
     mask token beside the noise, a linear weight decay), that is another method, not a quirk.
@@ -232,10 +231,7 @@ def _twin(published: Callable[[], Config]) -> Callable[[], Config]:
         config = corrected(published())
         return replace(config, preset=f"{config.preset}-corrected")
 
-    build.__doc__ = (
-        f"As {published().preset}, but masks reach every edge and are cut at random to the shortest "
-        "of the whole step, and initial weights are depth-scaled."
-    )
+    build.__doc__ = f"{published().preset} with its quirks mended: masks (edges, random cut, whole step), scaled init."
     return build
 
 
