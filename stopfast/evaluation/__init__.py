@@ -1,0 +1,1 @@
+"""What a trained encoder is worth: cached features, probes on them, and measures of collapse."""
