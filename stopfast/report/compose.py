@@ -8,7 +8,7 @@ from stopfast import __version__
 from stopfast.report.canvas import figure
 from stopfast.report.logs import read_log
 from stopfast.report.page import Section, render_page
-from stopfast.report.samples import sample_images
+from stopfast.report.samples import sample_images, spread
 from stopfast.report.sections import (
     Group,
     curve_section,
@@ -19,6 +19,9 @@ from stopfast.report.sections import (
 )
 from stopfast.report.settings import difference_table, full_table, summary_table
 from stopfast.trained import TrainedRun, load_trained
+
+_POOL = 8
+"""Images whose features are looked at, for each one shown."""
 
 
 def report(
@@ -92,8 +95,11 @@ def _groups(runs: Mapping[str, TrainedRun], folder: Path | None, count: int) -> 
     groups = []
     for members in alike.values():
         config = next(iter(members.values())).config
-        images = None if folder is None else sample_images(folder, config, count)
-        groups.append(Group(runs=members, images=images))
+        if folder is None:
+            groups.append(Group(runs=members, pool=None))
+            continue
+        pool = sample_images(folder, config, _POOL * count)
+        groups.append(Group(runs=members, pool=pool, shown=spread(len(pool), count).tolist()))
     return groups
 
 

@@ -103,6 +103,13 @@ def patch_features(encoder: VisionTransformer, images: Tensor) -> Tensor:
     return encoder(images).float()
 
 
+def position_share(features: Tensor) -> float:
+    """Return the share of the variance of features [B, N, D] that each position's mean over B explains."""
+    rows = features.double()
+    explained = rows.mean(0).var(0, correction=0).sum()
+    return (explained / rows.flatten(0, 1).var(0, correction=0).sum().clamp_min(1e-30)).item()
+
+
 def pca_colours(features: Tensor) -> tuple[Tensor, float]:
     """Return the first three principal components of patch features as colours, and their share.
 

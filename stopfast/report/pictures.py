@@ -11,6 +11,7 @@ from stopfast.pos_embed import Grid
 from stopfast.report.canvas import (
     COLOURS,
     INK,
+    WIDTH,
     colour_bar,
     figure,
     label,
@@ -86,7 +87,7 @@ def draw_masks(images: Tensor, masks: Masks, grid: Grid) -> "Figure":
         masks: of these images; the first context and all targets are drawn.
         grid: rows and columns of patches.
     """
-    made, axes = figure(4.3 * 5 / max(5, len(images)) + 0.4, 3, len(images))
+    made, axes = figure(_strip(len(images), 3), 3, len(images))
     pixels = images.numpy()
     for number, picture in enumerate(pixels):
         show(axes[0, number], picture)
@@ -127,13 +128,12 @@ def draw_noise(
     if ratios:
         ax = axes[0, 1]
         names = list(ratios)
-        shares = [noise / position for noise, position in ratios.values()]
-        bars = ax.barh(names[::-1], shares[::-1], color=COLOURS[5], height=0.55)
-        ax.bar_label(
-            bars, [f" {100 * share:.3g} %" for share in shares[::-1]], fontsize=9, color=INK
-        )
+        shares = [100 * noise / position for noise, position in ratios.values()]
+        bars = ax.barh(names[::-1], shares[::-1], color=COLOURS[5], height=0.5)
+        ax.bar_label(bars, [f" {share:.3g} %" for share in shares[::-1]], fontsize=9, color=INK)
         ax.set_xlim(0, 1.3 * max(shares) or 1.0)
-        label(ax, "std² tr(A Aᵀ) / |ψ|²", "")
+        ax.set_ylim(-1, len(names))
+        label(ax, "std² tr(A Aᵀ) over |ψ|², %", "")
     return made
 
 
@@ -170,7 +170,7 @@ def draw_components(images: Tensor, colours: Mapping[str, Tensor]) -> "Figure":
         colours: by name, fp32 [B, rows, columns, 3] in 0..1.
     """
     count = len(images)
-    made, axes = figure(8.0 / (count + 1.2) * (len(colours) + 1), len(colours) + 1, count)
+    made, axes = figure(_strip(count, len(colours) + 1), len(colours) + 1, count)
     for row, (name, maps) in enumerate({"image": images, **colours}.items()):
         for ax, values in zip(axes[row], maps, strict=True):
             show(ax, values.numpy())
@@ -189,7 +189,7 @@ def draw_retrieval(
         grid: rows and columns of patches.
         found: by run; each heat map has a colour scale of its own, from 0 to its largest weight.
     """
-    made, axes = figure(1.55 * (len(found) + 1), len(found) + 1, len(images))
+    made, axes = figure(_strip(len(images), len(found) + 1), len(found) + 1, len(images))
     for number, picture in enumerate(images.numpy()):
         kept = _patch_map(context[number], grid, picture.shape)
         show(axes[0, number], np.where(kept[..., None], picture, 0.25 * picture + 0.65))
@@ -203,6 +203,11 @@ def draw_retrieval(
     for row, name in enumerate(("context", *found)):
         side_label(axes[row, 0], name)
     return made
+
+
+def _strip(columns: int, rows: int) -> float:
+    """Inches of height of rows of square images, given the label's place at the left."""
+    return (WIDTH - 0.9) / max(columns, 3) * rows + 0.1
 
 
 def _patch_map(index: Tensor, grid: Grid, shape: Sequence[int]) -> np.ndarray:

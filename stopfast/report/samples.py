@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from stopfast.config import Config, Transforms
-from stopfast.data.folder import ImageFolder, scan_folder, split_folder
+from stopfast.data.images import open_images, split_folder
 from stopfast.data.loader import eval_batches
 
 
@@ -20,22 +20,24 @@ def sample_images(data: Path, config: Config, count: int) -> Tensor:
     Raises:
         ValueError: no folder, or no readable image in it.
     """
-    folder = scan_folder(split_folder(data, "test", "val", "train"))
-    # The middle of each of ``count`` equal stretches: classes lie one after another.
-    chosen = np.unique(((np.arange(count) + 0.5) * len(folder) / count).astype(int))
-    few = ImageFolder(
-        tuple(folder.files[i] for i in chosen),
-        tuple(folder.labels[i] for i in chosen),
-        folder.classes,
-    )
+    images = open_images(split_folder(data, "test", "val", "train"))
+    few = images.subset(spread(len(images), count))
     batches = eval_batches(
         few,
         config.data.transforms,
         batch_size=len(few),
         device=torch.device("cpu"),
-        threads=config.data.threads,
+        data=config.data,
     )
     return torch.cat([batch.images for batch in batches])
+
+
+def spread(length: int, count: int) -> np.ndarray:
+    """Return the middles of ``count`` equal stretches of 0..length-1, each number once.
+
+    Classes lie one after another, so the middles are of as many classes as there can be.
+    """
+    return np.unique(((np.arange(count) + 0.5) * length / count).astype(np.int64))
 
 
 def to_pixels(images: Tensor, transforms: Transforms) -> Tensor:

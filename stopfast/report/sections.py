@@ -1,6 +1,6 @@
 """The sections of a report: what is computed of the runs, drawn, and said about it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from stopfast.build import build_masks, build_objective
 from stopfast.config import Config
+from stopfast.masking import Masks
 from stopfast.predictor import Predictor
 from stopfast.report import measures, pictures
 from stopfast.report.canvas import data_uri
@@ -29,7 +30,7 @@ _QUANTITIES = {
     "target_variance": "target variance",
     "knn": "kNN accuracy",
 }
-_COVERAGE_IMAGES = 4096
+_COVERAGE_BATCHES = 64
 _DRAWS = 256
 _TEMPERATURE = 0.1
 
@@ -39,13 +40,20 @@ class Group:
     """Runs of one image size and patch size, which share pictures."""
 
     runs: Mapping[str, TrainedRun]
-    images: Tensor | None
-    """fp32 [B, 3, H, W], normalised; None where there are none to show."""
+    pool: Tensor | None
+    """fp32 [P, 3, H, W], normalised, over which features are averaged; None where there are no images."""
+    shown: Sequence[int] = ()
+    """Which of the pool the pictures show."""
 
     @property
     def first(self) -> TrainedRun:
         """The run whose settings decide what the others share."""
         return next(iter(self.runs.values()))
+
+    @property
+    def images(self) -> Tensor | None:
+        """The images that the pictures show, fp32 [B, 3, H, W]."""
+        return None if self.pool is None else self.pool[list(self.shown)]
 
 
 def curve_section(logs: Mapping[str, list[dict[str, Any]]]) -> Section:
@@ -62,7 +70,7 @@ def curve_section(logs: Mapping[str, list[dict[str, Any]]]) -> Section:
     points = "" if longest == 1 else f" A point is the mean of up to {longest:,} steps."
     caption = (
         f"What the runs logged while they trained.{points} The loss is the mean smooth-L1 distance to the "
-        "target encoder's features, which change as it trains: a lower loss is no better encoder, and "
+        "target encoder's features, which change as it trains: a lower loss does not mean a better encoder, and "
         "losses of runs with other targets do not compare."
     )
     figure = pictures.draw_curves(panels, log_scale=("loss",))
@@ -75,8 +83,7 @@ def mask_section(group: Group) -> Section:
     parts = []
     masks = build_masks(config)
     if group.images is not None:
-        batch = max(config.data.batch_size, len(group.images))
-        drawn = masks(batch, 0, stop=len(group.images))
+        drawn, batch = _first_masks(config, len(group.images))
         pixels = to_pixels(group.images, config.data.transforms)
         caption = (
             f"Masks of the first step ({mask_kind(config)}), laid over example images. Context: what the "
@@ -85,20 +92,18 @@ def mask_section(group: Group) -> Section:
         )
         figure = pictures.draw_masks(pixels, drawn, masks.grid)
         parts.append(_picture(figure, "example masks", caption))
-    batches = max(1, _COVERAGE_IMAGES // config.data.batch_size)
     kinds = {name: replace(config, mask=mask) for name, mask in _mask_kinds(config).items()}
     coverages = {
-        name: measures.coverage(build_masks(kind), config.data.batch_size, batches)
+        name: measures.coverage(build_masks(kind), _cut_over(kind), _COVERAGE_BATCHES)
         for name, kind in kinds.items()
     }
     empty = [
         name for name, c in coverages.items() if not (c.target[-1].any() or c.context[-1].any())
     ]
     caption = (
-        f"Share of {batches * config.data.batch_size:,} images ({batches} batches of "
-        f"{config.data.batch_size}) in which a patch is context, and in which it is target. Faithful masks "
-        "are those of the published programs; corrected ones may reach the last row and column, and cut "
-        "contexts by chance instead of from the bottom."
+        f"Share of the images of {_COVERAGE_BATCHES} batches in which a patch is context, and in which it "
+        "is target. Faithful masks are those of the published programs; corrected ones may reach the last "
+        "row and column, and cut contexts by chance instead of from the bottom."
     )
     if empty:
         caption += f" The last row and column are never seen with {' and '.join(empty)} masks."
@@ -133,28 +138,38 @@ def noise_section(group: Group) -> Section:
 
 
 def feature_section(group: Group) -> Section | None:
-    """Return the principal components of patch features; None without images."""
-    if group.images is None:
+    """Return the principal components of patch features, with and without position; None without images."""
+    if group.pool is None or group.images is None:
         return None
     encoders = {"untrained": group.first.untrained()}
     encoders |= {name: run.target_encoder for name, run in group.runs.items()}
-    grid = group.first.predictor.grid_size
-    colours, shares = {}, {}
-    for name, encoder in encoders.items():
-        found, shares[name] = measures.pca_colours(measures.patch_features(encoder, group.images))
-        colours[name] = found.unflatten(1, grid)
+    features = {n: measures.patch_features(e, group.pool) for n, e in encoders.items()}
     pixels = to_pixels(group.images, group.first.config.data.transforms)
-    caption = (
+    shares = {n: measures.position_share(values) for n, values in features.items()}
+    captions = (
         "The first three principal components of the patch features, as red, green and blue: of the "
-        "untrained encoder and of each run's target encoder. The components are those of all these images "
-        "together, and each encoder has its own, so colours compare within a row. They hold "
-        + ", ".join(f"{100 * share:.0f} % ({name})" for name, share in shares.items())
-        + " of the features' variance. A gradient that is the same in every image is position."
+        "untrained encoder, and of each run's target encoder. Each row has components of its own, so "
+        "colours compare within a row. They hold {held} of the variance. A pattern that is the same in "
+        "every image is position: the mean feature of each position alone makes up "
+        f"{_percent(shares)} of the variance.",
+        "The same with position taken out: from each feature the mean at its position over "
+        f"{len(group.pool)} images is subtracted first, so that what is left tells the images apart. The "
+        "components hold {held} of the variance.",
     )
-    figure = pictures.draw_components(pixels, colours)
-    return Section(
-        title="Patch features", parts=[_picture(figure, "PCA of patch features", caption)]
-    )
+    parts = []
+    for caption, centred in zip(captions, (False, True), strict=True):
+        colours, held = {}, {}
+        for name, values in features.items():
+            rows = values - values.mean(0) if centred else values
+            made, held[name] = measures.pca_colours(rows)
+            colours[name] = made[list(group.shown)].unflatten(1, group.first.predictor.grid_size)
+        figure = pictures.draw_components(pixels, colours)
+        parts.append(_picture(figure, "PCA of patch features", caption.format(held=_percent(held))))
+    return Section(title="Patch features", parts=parts)
+
+
+def _percent(shares: Mapping[str, float]) -> str:
+    return ", ".join(f"{100 * share:.0f}\u00a0% ({name})" for name, share in shares.items())
 
 
 def retrieval_section(group: Group) -> Section | None:
@@ -162,9 +177,7 @@ def retrieval_section(group: Group) -> Section | None:
     if group.images is None:
         return None
     config = group.first.config
-    sampler = build_masks(config)
-    batch = max(config.data.batch_size, len(group.images))
-    masks = sampler(batch, 0, stop=len(group.images))
+    masks, _ = _first_masks(config, len(group.images))
     found = {
         name: measures.retrieve(run, group.images, masks, temperature=_TEMPERATURE)
         for name, run in group.runs.items()
@@ -178,11 +191,11 @@ def retrieval_section(group: Group) -> Section | None:
         "target block. Below: cosine of this prediction with the target encoder's feature at every patch "
         f"of the image, as a softmax with temperature {_TEMPERATURE:g}; brighter is more alike. Noise is "
         "drawn once, as in training. The most alike patch is the framed one in "
-        + ", ".join(f"{100 * share:.0f} % ({name})" for name, share in right.items())
-        + f" of these {len(group.images)} images."
+        f"{_percent(right)} of these {len(group.images)} images."
     )
     pixels = to_pixels(group.images, config.data.transforms)
-    figure = pictures.draw_retrieval(pixels, masks.context[0], sampler.grid, found)
+    grid = group.first.predictor.grid_size
+    figure = pictures.draw_retrieval(pixels, masks.context[0], grid, found)
     return Section(title="What a prediction finds", parts=[_picture(figure, "retrieval", caption)])
 
 
@@ -226,6 +239,19 @@ def _mask_kinds(config: Config) -> dict[str, Any]:
         "corrected": replace(mask, edge_inclusive=True, truncate="random", truncate_over="global"),
     }
     return kinds if mask in kinds.values() else {**kinds, "this run's": mask}
+
+
+def _cut_over(config: Config) -> int:
+    """How many images' contexts are cut to one length: a step's, or a micro-batch's."""
+    part = 1 if config.mask.truncate_over == "global" else config.step.accumulate
+    return config.data.batch_size // part
+
+
+def _first_masks(config: Config, count: int) -> tuple[Masks, int]:
+    """Return the first step's masks of its first images, and how many contexts are cut to one length."""
+    batch = max(_cut_over(config), count)
+    masks = build_masks(config)(batch, 0)
+    return Masks(*([index[:count] for index in blocks] for blocks in masks)), batch
 
 
 def _start(config: Config) -> Predictor:
