@@ -231,7 +231,7 @@ def _twin(published: Callable[[], Config]) -> Callable[[], Config]:
         config = corrected(published())
         return replace(config, preset=f"{config.preset}-corrected")
 
-    build.__doc__ = f"{published().preset} with its quirks mended: masks (edges, random cut, whole step), scaled init."
+    build.__doc__ = f"{published().preset} with the quirks of its masks and initial weights mended."
     return build
 
 
