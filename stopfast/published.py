@@ -57,11 +57,9 @@ def load_published(
         ValueError: a width that is no published size, without ``num_heads``.
     """
     content = _read(path)
-    encoder, predictor, target = (
-        {_strip(k): v for k, v in content[name].items()} for name in _ENTRIES
-    )
+    encoder, predictor, target = (strip_prefixes(content[name]) for name in _ENTRIES)
     try:
-        common = _encoder_settings(encoder, num_heads, grid_size)
+        common = encoder_settings(encoder, num_heads, grid_size)
         settings = {
             **_block_settings(predictor, "predictor_blocks"),
             "num_patches": predictor["predictor_pos_embed"].shape[1],
@@ -93,15 +91,24 @@ def load_published(
     return model
 
 
-def _read(path: str | Path) -> Mapping[str, Any]:
+def read_pickled(path: str | Path) -> Any:  # noqa: ANN401
+    """Return what ``torch.save`` wrote, on the CPU; only tensors and plain containers are unpickled.
+
+    Raises:
+        CheckpointError: a damaged file, or one with other objects in it.
+    """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
             f"{path}: expected a file of tensors and plain containers, got one that is damaged or "
             f"holds other objects: {reason}"
         ) from None
+
+
+def _read(path: str | Path) -> Mapping[str, Any]:
+    content = read_pickled(path)
     entries = content if isinstance(content, Mapping) else {}
     absent = [name for name in _ENTRIES if not isinstance(entries.get(name), Mapping)]
     if absent:
@@ -120,9 +127,21 @@ def _check_positions(path: str | Path, predictor: Predictor, saved: Tensor | Non
         )
 
 
-def _encoder_settings(
+def encoder_settings(
     state: Mapping[str, Tensor], num_heads: int | None, grid_size: Grid | None
 ) -> dict[str, Any]:
+    """Arguments of :class:`VisionTransformer` that an encoder's weights show, with published defaults.
+
+    Args:
+        state: weights by the published names, without a prefix.
+        num_heads: heads, which weights do not tell; default those of the published size.
+        grid_size: (rows, columns) of patches; default a square.
+
+    Raises:
+        KeyError: a weight is missing.
+        ValueError: a width that is no published size, without ``num_heads``; a number of positions that is
+            no square, without ``grid_size``.
+    """
     width, in_chans, patch_size, _ = state["patch_embed.proj.weight"].shape
     heads = num_heads or next((s.num_heads for s in SHAPES.values() if s.embed_dim == width), None)
     if heads is None:
@@ -155,7 +174,12 @@ def _depth(state: Mapping[str, Tensor], blocks: str) -> int:
     return max(numbers, default=-1) + 1
 
 
-def _strip(key: str) -> str:
-    while key.startswith(_PREFIXES):
-        key = key.removeprefix(_PREFIXES[0]).removeprefix(_PREFIXES[1])
-    return key
+def strip_prefixes(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state dictionary without what data parallelism and compilation put before its keys."""
+
+    def strip(key: str) -> str:
+        while key.startswith(_PREFIXES):
+            key = key.removeprefix(_PREFIXES[0]).removeprefix(_PREFIXES[1])
+        return key
+
+    return {strip(key): value for key, value in state.items()}
