@@ -1,4 +1,4 @@
-"""What is random about a sample: its place in the epoch, its crop, its flip.
+"""What is random about a sample: its place in the epoch, its crop, flip, grayscale and blur.
 
 Each is a pure function of (seed, epoch, sample), so that neither workers nor shards nor a resume can
 change what a sample looks like.
@@ -14,18 +14,22 @@ from stopfast.config import Transforms
 from stopfast.kernels.ops import uniform
 
 _ATTEMPTS = 10  # crops that are tried before the centre is taken, as torchvision does
-_CROP, _FLIP = 0, 1  # streams
+_CROP, _FLIP, _GRAY, _BLUR = range(4)  # streams
 
 
-class Boxes(NamedTuple):
-    """What is cut from each photograph, in pixels, and whether it is mirrored."""
+class Draws(NamedTuple):
+    """What happens to each photograph, in this order."""
 
     top_left: np.ndarray
-    """int32 [B, 2], row and column."""
+    """int32 [B, 2], row and column of the crop, in stored pixels."""
     size: np.ndarray
-    """int32 [B, 2], height and width."""
+    """int32 [B, 2], height and width of the crop, in stored pixels."""
     flip: np.ndarray
-    """int32 [B], 0 or 1."""
+    """int32 [B], 1 for mirrored, else 0."""
+    gray: np.ndarray
+    """int32 [B], 1 for grayscale, else 0."""
+    sigma: np.ndarray
+    """fp32 [B], standard deviation of the blur, in pixels of the training image; 0 for none."""
 
 
 def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
@@ -34,10 +38,10 @@ def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
     return generator.permutation(count)
 
 
-def random_boxes(
+def random_draws(
     seed: int, epoch: int, samples: np.ndarray, sizes: np.ndarray, transforms: Transforms
-) -> Boxes:
-    """Draw crops and flips as torchvision's RandomResizedCrop and RandomHorizontalFlip distribute them.
+) -> Draws:
+    """Draw as torchvision's RandomResizedCrop, RandomHorizontalFlip and RandomGrayscale distribute.
 
     Args:
         seed, epoch, samples: what the draws are a function of; samples int64 [B] number the data set.
@@ -46,7 +50,39 @@ def random_boxes(
     """
     key = torch.tensor([seed, epoch])
     ids = torch.from_numpy(np.asarray(samples, dtype=np.int64))
-    drawn = uniform(key, ids, 4 * _ATTEMPTS, _CROP).numpy().reshape(-1, _ATTEMPTS, 4)
+    top_left, size = _crops(
+        uniform(key, ids, 4 * _ATTEMPTS, _CROP).numpy().reshape(-1, _ATTEMPTS, 4), sizes, transforms
+    )
+    flipped = uniform(key, ids, 1, _FLIP).numpy()[:, 0] < transforms.flip
+    gray = uniform(key, ids, 1, _GRAY).numpy()[:, 0] < transforms.gray
+    decision, place = uniform(key, ids, 2, _BLUR).numpy().T
+    low, high = transforms.blur_radius
+    sigma = np.where(decision < transforms.blur, low + place * (high - low), 0.0)
+    return Draws(
+        top_left.astype(np.int32),
+        size.astype(np.int32),
+        flipped.astype(np.int32),
+        gray.astype(np.int32),
+        sigma.astype(np.float32),
+    )
+
+
+def center_draws(sizes: np.ndarray, transforms: Transforms) -> Draws:
+    """Return the centred squares that evaluation looks at, and nothing else done to them."""
+    side = np.maximum(1, np.rint(sizes.min(1, keepdims=True) * transforms.center)).repeat(2, axis=1)
+    return Draws(
+        ((sizes - side) // 2).astype(np.int32),
+        side.astype(np.int32),
+        np.zeros(len(sizes), dtype=np.int32),
+        np.zeros(len(sizes), dtype=np.int32),
+        np.zeros(len(sizes), dtype=np.float32),
+    )
+
+
+def _crops(
+    drawn: np.ndarray, sizes: np.ndarray, transforms: Transforms
+) -> tuple[np.ndarray, np.ndarray]:
+    """Turn uniform numbers [B, attempts, 4] into corner and size [B, 2] of the first crop that fits."""
     height, width = (sizes[:, None, axis].astype(np.float64) for axis in (0, 1))
     low, high = transforms.crop_scale
     area = height * width * (low + drawn[..., 0] * (high - low))
@@ -54,36 +90,17 @@ def random_boxes(
     ratio = np.exp(low + drawn[..., 1] * (high - low))
     crop = np.stack([np.rint(np.sqrt(area / ratio)), np.rint(np.sqrt(area * ratio))], axis=-1)
     fits = (crop[..., 0] <= height) & (crop[..., 1] <= width) & np.all(crop > 0, axis=-1)
-    first = fits.argmax(1)
-    rows = np.arange(len(ids))
-    size = np.where(
-        np.any(fits, axis=1, keepdims=True), crop[rows, first], _largest_crop(sizes, transforms)
-    )
+    any_fits = np.any(fits, axis=1, keepdims=True)
+    first, rows = fits.argmax(1), np.arange(len(sizes))
+    size = np.where(any_fits, crop[rows, first], _largest_crop(sizes, transforms))
     room = sizes - size + 1
-    place = np.where(
-        np.any(fits, axis=1, keepdims=True),
-        np.floor(drawn[rows, first, 2:] * room),
-        (sizes - size) // 2,
-    )
-    mirrored = uniform(key, ids, 1, _FLIP).numpy()[:, 0] < transforms.flip
-    return Boxes(place.astype(np.int32), size.astype(np.int32), mirrored.astype(np.int32))
-
-
-def center_boxes(sizes: np.ndarray, transforms: Transforms) -> Boxes:
-    """Return the centred squares that evaluation looks at."""
-    side = np.maximum(1, np.rint(sizes.min(1, keepdims=True) * transforms.center)).repeat(2, axis=1)
-    return Boxes(
-        ((sizes - side) // 2).astype(np.int32),
-        side.astype(np.int32),
-        np.zeros(len(sizes), dtype=np.int32),
-    )
+    place = np.where(any_fits, np.floor(drawn[rows, first, 2:] * room), (sizes - size) // 2)
+    return place, size
 
 
 def _largest_crop(sizes: np.ndarray, transforms: Transforms) -> np.ndarray:
     """Largest centred crop of an admitted ratio, for photographs that no drawn crop fits into."""
     height, width = sizes[:, 0].astype(np.float64), sizes[:, 1].astype(np.float64)
     low, high = transforms.crop_ratio
-    return np.stack(
-        [np.minimum(height, np.rint(width / low)), np.minimum(width, np.rint(height * high))],
-        axis=-1,
-    )
+    crop = [np.minimum(height, np.rint(width / low)), np.minimum(width, np.rint(height * high))]
+    return np.maximum(1, np.stack(crop, axis=-1))

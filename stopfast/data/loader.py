@@ -1,34 +1,31 @@
-"""Batches of decoded images through NVIDIA DALI, on the CPU or on the GPU."""
+"""Batches of training and evaluation images, decoded by DALI or by PIL."""
 
-import io
-from collections import deque
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+import warnings
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
 
-from stopfast.config import Transforms
-from stopfast.data.draws import Boxes, center_boxes, epoch_order, random_boxes
-from stopfast.data.folder import ImageFolder
+from stopfast.config import DataConfig, Transforms
+from stopfast.data.ahead import read_ahead
+from stopfast.data.batch import Batch, Encoded, unreadable
+from stopfast.data.dali import decode_with_dali
+from stopfast.data.draws import Draws, center_draws, epoch_order, random_draws
+from stopfast.data.images import Images
+from stopfast.data.pil import decode_with_pil
+from stopfast.data.pixels import open_stored
 from stopfast.env import dali_problem
 
-_PREFETCH = 2  # batches that are decoded ahead
-
-
-class Batch(NamedTuple):
-    """Images and what they are."""
-
-    images: Tensor
-    """fp32 [B, 3, H, W] on the loader's device, normalised."""
-    samples: Tensor
-    """int64 [B], the images' numbers in the folder."""
+_PREFETCH = 2  # batches that are read ahead of decoding
+_TASKS = 4  # of a thread and batch
 
 
 class TrainPlan:
-    """Which samples each step reads, and how each is cropped: whole batches, an order per epoch.
+    """Which samples each step reads, and what is drawn for each: whole batches, an order per epoch.
 
     Raises:
         ValueError: fewer images than one batch.
@@ -50,155 +47,126 @@ class TrainPlan:
                 order, known = epoch_order(self.seed, epoch, self.count), epoch
             yield order[place * self.batch_size : (place + 1) * self.batch_size]
 
-    def boxes(self, step: int, samples: np.ndarray, sizes: np.ndarray) -> Boxes:
-        """Return a step's crops."""
+    def draws(self, step: int, samples: np.ndarray, sizes: np.ndarray) -> Draws:
+        """Return what is drawn for a step's samples, of these stored sizes."""
         epoch = (step - 1) // self.steps_per_epoch
-        return random_boxes(self.seed, epoch, samples, sizes, self.transforms)
+        return random_draws(self.seed, epoch, samples, sizes, self.transforms)
+
+
+def resolve_loader(loader: Literal["auto", "dali", "pil"]) -> Literal["dali", "pil"]:
+    """Return what decodes; ``auto`` is DALI where it works, else PIL with a warning.
+
+    Raises:
+        ValueError: ``dali`` where it does not work.
+    """
+    if loader == "pil":
+        return "pil"
+    problem = dali_problem()
+    if problem is None:
+        return "dali"
+    if loader == "dali":
+        raise ValueError(f"expected NVIDIA DALI for --data.loader dali, got {problem}")
+    warnings.warn(f"PIL decodes, which is slower: {problem}", RuntimeWarning, stacklevel=2)
+    return "pil"
 
 
 def train_batches(
-    folder: ImageFolder,
+    images: Images,
     plan: TrainPlan,
     *,
     first_step: int,
     last_step: int,
     device: torch.device,
-    threads: int,
-) -> Iterator[Batch]:
-    """Yield the batches of optimiser steps ``first_step..last_step``."""
+    data: DataConfig,
+) -> Generator[Batch, None, None]:
+    """Return the batches of optimiser steps ``first_step..last_step``, decoded ahead.
 
-    def source() -> Iterator[tuple[np.ndarray, list[np.ndarray], Boxes]]:
-        steps = range(first_step, last_step + 1)
-        for step, samples in zip(steps, plan.batches(first_step, last_step), strict=True):
-            encoded, sizes = _read(folder, samples)
-            yield samples, encoded, plan.boxes(step, samples, sizes)
+    A batch depends on the images, the plan and its step alone, but for the decoder's rounding (see
+    :func:`resolve_loader`). Closing the generator ends its threads.
 
-    yield from _decode(folder, source(), plan.transforms, plan.batch_size, device, threads)
+    Raises:
+        ValueError: DALI asked for where it does not work; or, from the generator, an image that cannot be
+            decoded.
+        OSError: from the generator, an image that cannot be read.
+    """
+    steps = range(first_step, last_step + 1)
+    numbered = zip(steps, plan.batches(first_step, last_step), strict=True)
+    source = _encoded(images, numbered, plan.draws, data.threads)
+    return _decoded(source, images, plan.transforms, plan.batch_size, device, data)
 
 
 def eval_batches(
-    folder: ImageFolder,
+    images: Images,
     transforms: Transforms,
     *,
     batch_size: int,
     device: torch.device,
-    threads: int,
-) -> Iterator[Batch]:
-    """Yield every image once, in order, cut to the centre; the last batch may be smaller."""
+    data: DataConfig,
+) -> Generator[Batch, None, None]:
+    """Return every image once, in order, cut to the centre; the last batch may be smaller.
 
-    def source() -> Iterator[tuple[np.ndarray, list[np.ndarray], Boxes]]:
-        for start in range(0, len(folder), batch_size):
-            samples = np.arange(start, min(start + batch_size, len(folder)))
-            encoded, sizes = _read(folder, samples)
-            yield samples, encoded, center_boxes(sizes, transforms)
+    Of ``transforms``, size, center, mean and std are used; of ``data``, what concerns the decoder.
 
-    yield from _decode(folder, source(), transforms, batch_size, device, threads)
+    Raises:
+        ValueError, OSError: as :func:`train_batches`.
+    """
 
+    def draws(_: int, __: np.ndarray, sizes: np.ndarray) -> Draws:
+        return center_draws(sizes, transforms)
 
-def _read(folder: ImageFolder, samples: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-    """Return the files' bytes, and the (height, width) that their headers state."""
-    encoded, sizes = [], []
-    for sample in samples:
-        path = folder.files[sample]
-        data = path.read_bytes()
-        try:
-            with Image.open(io.BytesIO(data)) as image:
-                width, height = image.size
-        except OSError:
-            raise ValueError(f"expected a JPEG file, got {path}, which is none") from None
-        encoded.append(np.frombuffer(data, dtype=np.uint8))
-        sizes.append((height, width))
-    return encoded, np.array(sizes)
+    starts = range(0, len(images), batch_size)
+    numbered = ((s, np.arange(s, min(s + batch_size, len(images)))) for s in starts)
+    source = _encoded(images, numbered, draws, data.threads)
+    plain = replace(transforms, flip=0.0, gray=0.0, blur=0.0)
+    return _decoded(source, images, plain, batch_size, device, data)
 
 
-def _broken(folder: ImageFolder, samples: Iterable[int]) -> list[str]:
-    """Return the files among these samples that PIL cannot decode either."""
-    broken = []
-    for sample in samples:
-        try:
-            with Image.open(folder.files[sample]) as image:
-                image.load()
-        except OSError:
-            broken.append(str(folder.files[sample]))
-    return broken
-
-
-def _decode(
-    folder: ImageFolder,
-    source: Iterator[tuple[np.ndarray, list[np.ndarray], Boxes]],
+def _decoded(
+    source: Generator[Encoded, None, None],
+    images: Images,
     transforms: Transforms,
     batch_size: int,
     device: torch.device,
+    data: DataConfig,
+) -> Generator[Batch, None, None]:
+    loader = resolve_loader(data.loader)  # before the generator begins: an error comes at once
+
+    def batches() -> Generator[Batch, None, None]:
+        with closing(read_ahead(source, _PREFETCH)) as encoded:
+            if loader == "dali":
+                yield from decode_with_dali(
+                    encoded, images, transforms, batch_size=batch_size, device=device, data=data
+                )
+            else:
+                yield from decode_with_pil(
+                    encoded, images, transforms, device=device, threads=data.threads
+                )
+
+    return batches()
+
+
+def _encoded(
+    images: Images,
+    numbered: Iterator[tuple[int, np.ndarray]],
+    draws: Callable[[int, np.ndarray, np.ndarray], Draws],
     threads: int,
-) -> Iterator[Batch]:
-    problem = dali_problem()
-    if problem is not None:
-        raise RuntimeError(problem)
-    from nvidia.dali import fn, types
-    from nvidia.dali.pipeline import pipeline_def
+) -> Generator[Encoded, None, None]:
+    """Read the files of each batch, and draw for the sizes that their headers state."""
 
-    on_gpu = device.type == "cuda"
-    under_way: deque[np.ndarray] = deque(maxlen=2 * _PREFETCH + 1)  # what a failure may be about
+    def read(samples: np.ndarray) -> list[tuple[bytes, tuple[int, int]]]:
+        found = []
+        for sample in samples:
+            stored = images.read(sample)
+            try:
+                width, height = open_stored(stored).size
+            except ValueError as error:
+                raise unreadable(images, {images.names[sample]: str(error)}) from None
+            found.append((stored, (height, width)))
+        return found
 
-    def feed() -> Iterator[tuple[Any, ...]]:
-        for samples, encoded, boxes in source:
-            under_way.append(samples)
-            yield (encoded, *(list(values) for values in boxes), list(samples[:, None]))
-
-    @pipeline_def(
-        batch_size=batch_size,
-        num_threads=threads,
-        device_id=(device.index or 0) if on_gpu else None,  # pyright: ignore[reportArgumentType]
-        prefetch_queue_depth=_PREFETCH,
-    )
-    def pipeline() -> tuple[Any, ...]:
-        images: Any
-        encoded, top_left, size, flip, samples = fn.external_source(
-            source=feed(), num_outputs=5, batch=True
-        )
-        # The boxes are in the coordinates of the stored pixels, so decoding must not turn the image.
-        images = fn.decoders.image_slice(
-            encoded,
-            start=top_left,
-            shape=size,
-            axis_names="HW",
-            device="mixed" if on_gpu else "cpu",
-            output_type=types.DALIImageType.RGB,
-            adjust_orientation=False,
-        )
-        images = fn.resize(
-            images,
-            size=transforms.size,
-            interp_type=types.DALIInterpType.INTERP_LINEAR,
-            antialias=True,
-        )
-        images = fn.crop_mirror_normalize(
-            images,
-            mirror=flip,
-            dtype=types.DALIDataType.FLOAT,
-            output_layout="CHW",
-            mean=[255 * m for m in transforms.mean],
-            std=[255 * s for s in transforms.std],
-        )
-        return images, samples
-
-    graph = pipeline()
-    graph.build()
-    while True:
-        try:
-            images, samples = graph.run()
-        except StopIteration:
-            return
-        except RuntimeError:
-            broken = _broken(folder, np.concatenate(under_way)) if under_way else []
-            if not broken:
-                raise
-            raise ValueError(
-                f"expected JPEG files that can be decoded, got {', '.join(broken)}; "
-                "repair or remove them"
-            ) from None
-        # The pipeline reuses its buffers, so the batch is copied out of them.
-        yield Batch(
-            torch.from_dlpack(images.as_tensor()).clone(),
-            torch.from_dlpack(samples.as_tensor()).clone().flatten().to(torch.int64),
-        )
+    with ThreadPoolExecutor(threads, "stopfast-read") as pool:
+        for number, samples in numbered:
+            tasks = np.array_split(samples, min(len(samples), _TASKS * threads))
+            found = [one for part in pool.map(read, tasks) for one in part]
+            sizes = np.array([size for _, size in found])
+            yield Encoded(samples, [stored for stored, _ in found], draws(number, samples, sizes))
