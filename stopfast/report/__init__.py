@@ -1,1 +1,5 @@
-"""A page of pictures about finished or stopped runs; begin at :mod:`stopfast.report.compose`."""
+"""One HTML page of curves and pictures about finished or stopped runs."""
+
+from stopfast.report.compose import report
+
+__all__ = ["report"]

@@ -3,6 +3,7 @@
 import base64
 import io
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -21,21 +22,28 @@ _DPI = 180
 _TEXT = 9.0
 
 
+def require_matplotlib() -> None:
+    """Refuse to begin without matplotlib.
+
+    Raises:
+        RuntimeError: it is not installed; says how to get it.
+    """
+    if find_spec("matplotlib") is None:
+        raise RuntimeError(
+            "expected matplotlib for pictures, which is not installed: pip install 'stopfast[viz]'"
+        )
+
+
 def figure(height: float, rows: int = 1, columns: int = 1) -> "tuple[Figure, np.ndarray]":
     """Return a new figure, ``WIDTH`` by ``height`` inches, and its axes, an object array [rows, columns].
 
     Raises:
         RuntimeError: matplotlib is not installed; says how to get it.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] != "matplotlib":
-            raise
-        raise RuntimeError(
-            "expected matplotlib for pictures, which is not installed: pip install 'stopfast[viz]'"
-        ) from None
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     made = Figure(figsize=(WIDTH, height), facecolor="white", layout="constrained")
     FigureCanvasAgg(made)
     axes = made.subplots(rows, columns, squeeze=False)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from stopfast import __version__
-from stopfast.report.canvas import figure
+from stopfast.report.canvas import require_matplotlib
 from stopfast.report.logs import read_log
 from stopfast.report.page import Section, render_page
 from stopfast.report.samples import sample_images, spread
@@ -50,7 +50,7 @@ def report(
     """
     if not runs or images < 1:
         raise ValueError(f"expected runs and images >= 1, got {len(runs)} runs, images={images}")
-    figure(1.0)  # a missing library is told before the work, not after it
+    require_matplotlib()
     loaded = {name: load_trained(path) for name, path in zip(_names(runs), runs, strict=True)}
     folder = data or next(iter(loaded.values())).config.data.root
     groups = _groups(loaded, folder, images)

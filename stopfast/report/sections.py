@@ -70,8 +70,7 @@ def curve_section(logs: Mapping[str, list[dict[str, Any]]]) -> Section:
     points = "" if longest == 1 else f" A point is the mean of up to {longest:,} steps."
     caption = (
         f"What the runs logged while they trained.{points} The loss is the mean smooth-L1 distance to the "
-        "target encoder's features, which change as it trains: a lower loss does not mean a better encoder, and "
-        "losses of runs with other targets do not compare."
+        "target encoder's features, which change as it trains: a lower loss does not mean a better encoder."
     )
     figure = pictures.draw_curves(panels, log_scale=("loss",))
     return Section(title="Training", parts=[_picture(figure, ", ".join(panels), caption, "svg")])
