@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from stopfast import __version__
-from stopfast.config import to_document
+from stopfast.export.safetensors import told_settings
 from stopfast.export.weights import cpu_weights
 from stopfast.trained import TrainedRun
 
@@ -47,7 +47,7 @@ def write_published(run: TrainedRun, path: Path) -> None:
             "stopfast": {
                 "version": __version__,
                 "step": run.step,
-                "config": to_document(run.config),
+                "config": told_settings(run.config),
             },
         },
         path,

@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from stopfast import __version__
 from stopfast.checkpoint import CheckpointError
-from stopfast.config import to_document
+from stopfast.config import Config, RunConfig, to_document
 from stopfast.encoder import VisionTransformer
 from stopfast.export.weights import Imported, Untold, cpu_weights, encoder_of, untold_of
 from stopfast.kernels.ops import Ops
@@ -26,8 +28,19 @@ def run_metadata(run: TrainedRun, which: Which) -> dict[str, str]:
         "stopfast.version": __version__,
         "stopfast.which": which,
         "stopfast.step": str(run.step),
-        "stopfast.config": json.dumps(to_document(run.config), sort_keys=True),
+        "stopfast.config": json.dumps(told_settings(run.config), sort_keys=True),
     }
+
+
+def told_settings(config: Config) -> dict[str, Any]:
+    """Return settings as a file for others holds them: without places on the machine of the run."""
+    told = replace(
+        config,
+        data=replace(config.data, root=None),
+        monitor=replace(config.monitor, labelled=None),
+        run=RunConfig(seed=config.run.seed),
+    )
+    return to_document(told)
 
 
 def write_safetensors(run: TrainedRun, which: Which, path: Path) -> None:
