@@ -1,6 +1,7 @@
 """Configuration files of the published I-JEPA and StoP programs, read as they are."""
 
 import math
+import reprlib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -236,13 +237,13 @@ def _values(document: object) -> dict[str, Any]:
         ValueError: all that is wrong with them.
     """
     if not isinstance(document, dict):
-        raise ValueError(f"expected groups of settings, got {document!r}")
+        raise ValueError(f"expected groups of settings, got {reprlib.repr(document)}")
     problems, given = [], {}
     for group, keys in document.items():
         if isinstance(keys, dict):
             given.update({f"{group}.{key}": value for key, value in keys.items()})
         else:
-            problems.append(f"{group}: expected a group of settings, got {keys!r}")
+            problems.append(f"{group}: expected a group of settings, got {reprlib.repr(keys)}")
     is_stop = "stop_params" in document
     if not is_stop and "optimization.ema" not in given:
         raise ValueError("expected stop_params (StoP) or optimization.ema (I-JEPA), got neither")
@@ -259,7 +260,7 @@ def _values(document: object) -> dict[str, Any]:
         try:
             values[name] = check(given[name])
         except ValueError as expected:
-            problems.append(f"{name}: expected {expected}, got {given[name]!r}")
+            problems.append(f"{name}: expected {expected}, got {reprlib.repr(given[name])}")
     strength = values.get("data.color_jitter_strength")
     if values.get("data.use_color_distortion") and strength:
         problems.append(
