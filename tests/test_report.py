@@ -122,14 +122,12 @@ def test_spectrum_is_of_the_projection(width):
 )
 def test_noise_is_that_of_the_predictors_queries(switches):
     predictor = small(noise_var=0.5, **switches)
-    _, contexts, targets = inputs(targets=1)
+    targets = inputs()[2]  # those of ``queries``
     normals = torch.randn(3, targets[0].shape[1], predictor.noise_channels)
     offset = {"stop": predictor.predictor_embed.bias}.get(
         predictor.variant, predictor.mask_token.detach().view(-1)
     )
-    # The recorder draws its target masks from two; the first is the same.
     moved = queries(predictor, noise=[predictor.noise_std * normals] * 2)[:3].detach() - offset
-    _, _, targets = inputs()
     table = predictor.predictor_pos_embed.detach()[0]
     for image in range(3):
         for token, place in enumerate(targets[0][image].tolist()):
@@ -326,9 +324,9 @@ def test_matplotlib_is_imported_only_when_it_is_used(monkeypatch, tmp_path):
 def test_figures_leave_no_global_state():
     import matplotlib
 
-    before = dict(matplotlib.rcParams)
+    before = matplotlib.rcParams.copy()
     figure = pictures.draw_curves({"loss": {"a": ([1], [1.0])}})
     assert data_uri(figure, "svg").startswith("data:image/svg+xml;base64,")
     assert data_uri(figure, "png").startswith("data:image/png;base64,iVBOR")
-    assert dict(matplotlib.rcParams) == before
+    assert matplotlib.rcParams.copy() == before
     assert "matplotlib.pyplot" not in sys.modules
