@@ -29,12 +29,17 @@ class Mutant(NamedTuple):
 
 
 TESTS = {
-    "predictor_tokens": ("tests/test_kernels.py", "tests/test_real_shapes.py"),
+    "predictor_tokens": (
+        "tests/test_kernels.py",
+        "tests/test_real_shapes.py",
+        "tests/test_partial_sums.py",
+    ),
     "target_smooth_l1": ("tests/test_kernels.py", "tests/test_real_shapes.py"),
     "attention": (
         "tests/test_kernels.py",
         "tests/test_real_shapes.py",
         "tests/test_attention_backends.py",
+        "tests/test_attention.py",
     ),
     "layer_norm": ("tests/test_kernels.py", "tests/test_dtypes.py", "tests/test_partial_sums.py"),
     "linear_gelu": (

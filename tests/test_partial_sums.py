@@ -20,3 +20,12 @@ def test_few_programs(case, most: int, device: torch.device, monkeypatch: pytest
     arguments = case.make(shape, torch.float32, device)
     exact = run(EAGER, case, copied(arguments, torch.float64))
     assert all(error <= 1e-5 for error in errors(fused(case, arguments), exact))
+
+
+def test_several_ranges_of_rows(device: torch.device):
+    """Weight and position gradients of the predictor's tokens, summed over more than one range of rows."""
+    case = next(c for c in CASES if c.name == "predictor_tokens")
+    shape = {**case.tested[3], "B": 3, "Ky": 33, "N": 64}
+    arguments = case.make(shape, torch.float32, device)
+    exact = run(EAGER, case, copied(arguments, torch.float64))
+    assert all(error <= 1e-5 for error in errors(fused(case, arguments), exact))
