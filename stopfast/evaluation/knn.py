@@ -18,10 +18,11 @@ def knn_predict(
     temperature: float = TEMPERATURE,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Classify by the nearest training rows in cosine distance d, each voting with exp(-d / temperature).
+    """Classify by the nearest training rows, by cosine distance d; each votes with exp(-d / temperature).
 
-    The protocol of Wu et al., *Unsupervised Feature Learning via Non-Parametric Instance Discrimination*
-    (CVPR 2018). Memory beside the arguments does not grow with the number of rows of either.
+    The protocol of Wu et al., *Unsupervised Feature Learning via Non-Parametric Instance
+    Discrimination* (CVPR 2018). Memory beside the arguments does not grow with the number of rows of
+    either.
 
     Args:
         train: [n, D], floating point.
@@ -39,9 +40,7 @@ def knn_predict(
     """
     require_features(train, labels)
     if test.ndim != 2 or test.shape[1] != train.shape[1]:
-        raise ValueError(
-            f"expected test features [m, {train.shape[1]}], got {list(test.shape)}"
-        )
+        raise ValueError(f"expected test features [m, {train.shape[1]}], got {list(test.shape)}")
     if neighbours < 1 or not temperature > 0:
         raise ValueError(
             f"expected neighbours >= 1 and temperature > 0, got {neighbours} and {temperature}"

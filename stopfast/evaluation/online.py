@@ -17,9 +17,9 @@ _RANKME_EPS = 1e-7
 def feature_std(features: Tensor) -> float:
     r"""Return the spread of l2-normalised features: 0 for one direction, 1 for isotropic ones.
 
-    sqrt(D) / D * sum_j std_i(z_ij / |z_i|), with the deviation over the images (divided by n): a unit vector
-    of random direction has a variance of 1/D in every channel. Chen & He, *Exploring Simple Siamese
-    Representation Learning* (CVPR 2021), plot the same without the sqrt(D).
+    sqrt(D) / D * sum_j std_i(z_ij / |z_i|), with the deviation over the images (divided by n): a unit
+    vector of random direction has a variance of 1/D in every channel. Chen & He, *Exploring Simple
+    Siamese Representation Learning* (CVPR 2021), plot the same without the sqrt(D).
 
     Args:
         features: [n, D], n >= 2.
@@ -36,9 +36,9 @@ def feature_std(features: Tensor) -> float:
 def rankme(features: Tensor) -> float:
     r"""Return the effective rank of the features, from 1 to min(n, D).
 
-    exp(-sum_k p_k log p_k), p_k = s_k / sum_l s_l + 1e-7, with the singular values s of the features as they
-    are (not centred): Garrido et al., *RankMe* (ICML 2023), equation 1. Features that are all zero give 1,
-    and features that are not finite NaN.
+    exp(-sum_k p_k log p_k), p_k = s_k / sum_l s_l + 1e-7, with the singular values s of the features as
+    they are (not centred): Garrido et al., *RankMe* (ICML 2023), equation 1. Features that are all zero
+    give 1, and features that are not finite NaN.
 
     Args:
         features: [n, D], n >= 2; the authors use many more rows than columns.
@@ -61,8 +61,8 @@ def rankme(features: Tensor) -> float:
 def target_variance(targets: Tensor) -> float:
     r"""Return how much the targets of the loss differ between images and places, from 0 to 1.
 
-    1/D * sum_d var_{b,n}(t_bnd), divided by B * N. Targets are layer-normed without weights, so that their
-    mean square is 1: what is missing from 1 is the part that is the same everywhere, which a
+    1/D * sum_d var_{b,n}(t_bnd), divided by B * N. Targets are layer-normed without weights, so that
+    their mean square is 1: what is missing from 1 is the part that is the same everywhere, which a
     predictor can learn without looking at the image.
 
     Args:

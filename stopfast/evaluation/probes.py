@@ -1,4 +1,4 @@
-"""Classifiers on cached features: a linear probe with a sweep of learning rates, and a logistic regression.
+"""Classifiers of features: a linear probe with a sweep of learning rates, and a logistic regression.
 
 Whatever is chosen is chosen on training images: no function here that fits is given a test image.
 """
@@ -22,7 +22,7 @@ _CHUNK = 16384  # rows of one pass
 class LinearSettings:
     """How the linear probe is trained: SGD with momentum, cosine to zero, no weight decay."""
 
-    rates: tuple[float, ...] = (0.0005, 0.002, 0.008, 0.03, 0.125, 0.5, 2.0)
+    rates: tuple[float, ...] = (0.0004, 0.002, 0.01, 0.05, 0.25, 1.0, 5.0)
     """Learning rates at the start for batches of 256, scaled with the batch; one head each."""
     epochs: int = 30
     batch_size: int | None = None
@@ -94,10 +94,11 @@ def fit_linear(
 ) -> LinearProbe:
     """Train a linear classifier by softmax cross-entropy on standardised features.
 
-    One head a learning rate is trained, all at once, on the training images without a held-out share of each
-    class; the rate that is best there (by accuracy, then by loss) trains the final head on all of them. The
-    standardisation is that of a BatchNorm without affine in evaluation mode: mean and deviation of the
-    images that are trained on. Heads begin at zero, so ``seed`` decides the split and the batches alone.
+    One head a learning rate is trained, all at once, on the training images without a held-out share of
+    each class; the rate that is best there (by accuracy, then by loss) trains the final head on all of
+    them. The standardisation is that of a BatchNorm without affine in evaluation mode: mean and
+    deviation of the images that are trained on. Heads begin at zero, so ``seed`` decides the split and
+    the batches alone.
 
     Args:
         features: [n, D], floating point, on any device; batches of it are moved.
@@ -158,13 +159,20 @@ PUBLISHED_L2 = 0.0025
 
 
 def logistic_predict(
-    train: Tensor, labels: Tensor, test: Tensor, *, share: float = 0.01, seed: int, l2: float = PUBLISHED_L2
+    train: Tensor,
+    labels: Tensor,
+    test: Tensor,
+    *,
+    share: float = 0.01,
+    seed: int,
+    l2: float = PUBLISHED_L2,
 ) -> tuple[Tensor, int]:
     """Classify by a logistic regression on a stratified share of the training labels.
 
-    Multinomial, without intercept, mean cross-entropy + l2 / (2 n) |W|^2 with the published ``l2``, on features
-    standardised by the mean and deviation of the n labelled images (the authors' program standardises the test
-    features by those of the test set instead, and solves with cyanure to a tolerance of 1e-3).
+    Multinomial, without intercept, mean cross-entropy + l2 / (2 n) |W|^2 with the published ``l2``, on
+    features standardised by the mean and deviation of the n labelled images (the authors' program
+    standardises the test features by those of the test set instead, and solves with cyanure to a
+    tolerance of 1e-3).
 
     Args:
         train: [n_all, D], of which a share is used.
@@ -253,8 +261,12 @@ def _score(
 def _moments(features: Tensor, rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and reciprocal deviation of each column over these rows, fp32 [D]."""
     parts = torch.from_numpy(rows).split(_CHUNK)
-    mean = sum(features[p.to(features.device)].double().sum(0) for p in parts) / len(rows)
-    assert isinstance(mean, Tensor)
-    square = sum((features[p.to(features.device)].double() - mean).square().sum(0) for p in parts)
+    total = torch.zeros(features.shape[1], dtype=torch.float64, device=features.device)
+    square = total.clone()
+    for part in parts:
+        total += features[part.to(features.device)].double().sum(0)
+    mean = total / len(rows)
+    for part in parts:
+        square += (features[part.to(features.device)].double() - mean).square().sum(0)
     variance = square / len(rows)
     return mean.float().to(device), (variance + _EPS).rsqrt().float().to(device)

@@ -1,0 +1,138 @@
+"""What an evaluation compares: raw pixels, untrained encoders, trained encoders; and on which images."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from stopfast.checkpoint import MANIFEST
+from stopfast.config import Transforms
+from stopfast.data.images import Images, open_images, split_folder
+from stopfast.encoder import VisionTransformer
+from stopfast.evaluation.features import EncoderFeatures, PixelFeatures, Precision, Representation
+from stopfast.trained import TrainedRun, Which
+
+_PIXELS, _UNTRAINED = "raw pixels", "untrained"
+
+
+class Rows(NamedTuple):
+    """The representations."""
+
+    sources: dict[str, Representation]
+    identities: dict[str, str]
+    """What the features of each depend on, for the cache."""
+    pairs: list[tuple[str, str]]
+    """Which are compared."""
+
+
+def name_checkpoints(checkpoints: Sequence[Path] | Mapping[str, Path]) -> dict[str, Path]:
+    """Return names for the table: the run's folder, or the whole path where two have one name.
+
+    Raises:
+        ValueError: no checkpoint, one twice, or a name that another row has.
+    """
+    if isinstance(checkpoints, Mapping):
+        named = dict(checkpoints)
+    else:
+        paths = [path.resolve() for path in checkpoints]
+        names = [(p.parent if (p / MANIFEST).is_file() else p).name for p in paths]
+        if len(set(names)) < len(names):
+            names = [str(path) for path in checkpoints]
+        named = dict(zip(names, checkpoints, strict=True))
+        if len(named) < len(checkpoints):
+            raise ValueError(f"expected each checkpoint once, got {names}")
+    taken = {_PIXELS, *(n for n in named if n == _UNTRAINED or n.endswith(f", {_UNTRAINED}"))}
+    if not named or taken & named.keys():
+        raise ValueError(
+            f"expected checkpoints by names other than {_PIXELS!r} and {_UNTRAINED!r}, "
+            f"got {list(named)}"
+        )
+    return named
+
+
+def open_splits(data: Path | None) -> tuple[Images, Images]:
+    """Return the training and test images of a folder.
+
+    Raises:
+        ValueError: no folder, one set of images only, one class only, or other classes in the other
+        split.
+    """
+    if data is None:
+        raise ValueError("expected a folder of images for kNN, linear and logistic, got none")
+    folders = split_folder(data, "train"), split_folder(data, "test", "val")
+    if folders[0] == folders[1]:
+        raise ValueError(
+            f"expected {data} with train/ and test/ (or val/), found one set of images"
+        )
+    train, test = map(open_images, folders)
+    if train.classes != test.classes or len(train.classes) < 2:
+        raise ValueError(
+            f"expected the same classes, at least two, in both splits of {data}, "
+            f"got {train.classes} and {test.classes}"
+        )
+    return train, test
+
+
+def common_transforms(runs: Mapping[str, TrainedRun]) -> Transforms:
+    """Return what is common to all: size, centred crop and normalisation of evaluation images.
+
+    Raises:
+        ValueError: it is not.
+    """
+    seen = {
+        name: (t.size, t.center, t.mean, t.std)
+        for name, t in ((name, run.config.data.transforms) for name, run in runs.items())
+    }
+    if len(set(seen.values())) > 1:
+        raise ValueError(
+            f"expected checkpoints of one size, center, mean and std of images, got {seen}"
+        )
+    size, center, mean, std = next(iter(seen.values()))
+    return Transforms(size=size, center=center, mean=mean, std=std)
+
+
+def build_rows(
+    runs: Mapping[str, TrainedRun],
+    which: Which,
+    device: torch.device,
+    precision: Precision,
+) -> Rows:
+    """Return raw pixels, the untrained encoders (each once: runs may share one), the trained encoders.
+
+    Patches of raw pixels are as large as those of the first run.
+    """
+    first = next(iter(runs.values()))
+    rows = Rows({_PIXELS: PixelFeatures(first.config.model.patch_size)}, {_PIXELS: _PIXELS}, [])
+    manifests = {
+        name: hashlib.sha256((run.checkpoint / MANIFEST).read_bytes()).hexdigest()
+        for name, run in runs.items()
+    }
+    beginnings: dict[str, VisionTransformer] = {}
+    beginning: dict[str, str] = {}
+    for name, run in runs.items():
+        fresh = run.untrained()
+        same = (known for known, other in beginnings.items() if _equal(fresh, other))
+        beginning[name] = next(same, name)
+        beginnings.setdefault(beginning[name], fresh)
+    for name, encoder in beginnings.items():
+        label = _UNTRAINED if len(beginnings) == 1 else f"{name}, {_UNTRAINED}"
+        rows.sources[label] = EncoderFeatures(encoder.to(device), precision)
+        rows.identities[label] = f"{manifests[name]}, {_UNTRAINED}"
+        rows.pairs.extend((run, label) for run in runs if beginning[run] == name)
+    for name, run in runs.items():
+        rows.sources[name] = EncoderFeatures(run.chosen(which).to(device), precision)
+        rows.identities[name] = f"{manifests[name]}, {which}"
+    others = list(runs)
+    rows.pairs.extend((name, others[0]) for name in others[1:])
+    return rows
+
+
+def _equal(one: VisionTransformer, other: VisionTransformer) -> bool:
+    mine, theirs = one.state_dict(), other.state_dict()
+    return (
+        mine.keys() == theirs.keys()
+        and one.num_heads == other.num_heads
+        and all(torch.equal(value, theirs[key]) for key, value in mine.items())
+    )
