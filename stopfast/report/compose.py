@@ -41,7 +41,7 @@ def report(
         data: folder of images for the pictures that need some; default: that of the first run's settings.
         output: the file; an older one is replaced.
         title, lead: heading and first paragraph.
-        sections: what else to show, after the settings.
+        sections: what else to show, before the settings.
         images: how many images the pictures show.
 
     Raises:
@@ -54,7 +54,7 @@ def report(
     loaded = {name: load_trained(path) for name, path in zip(_names(runs), runs, strict=True)}
     folder = data or next(iter(loaded.values())).config.data.root
     groups = _groups(loaded, folder, images)
-    body = [_settings_section(loaded), *sections]
+    body = [*sections, _settings_section(loaded)]
     body.append(curve_section({n: read_log(p) for n, p in zip(loaded, runs, strict=True)}))
     for group in groups:
         made = (part(group) for part in _SECTIONS)

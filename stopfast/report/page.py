@@ -44,7 +44,7 @@ class Table:
             + "</tr>"
             for row in self.rows
         )
-        caption = f"<p>{html.escape(self.caption)}</p>" if self.caption else ""
+        caption = f'<p class="note">{html.escape(self.caption)}</p>' if self.caption else ""
         table = (
             f'<div class="wide"><table><thead><tr>{head}</tr></thead>'
             f"<tbody>{body}</tbody></table></div>{caption}"
@@ -77,8 +77,8 @@ h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .5rem }
 h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; padding-top: .75rem; border-top: 1px solid #ddd }
 p, figcaption { max-width: 46rem }
 figure { margin: 1.25rem 0 }
-figcaption, td, th, details { font-size: .9rem }
-figcaption { color: #444; margin-top: .35rem }
+figcaption, .note, td, th, details { font-size: .9rem }
+figcaption, .note { color: #444; margin-top: .35rem }
 .wide { overflow-x: auto }
 img { display: block; width: 100%; min-width: 38rem; height: auto }
 table { border-collapse: collapse; margin: .5rem 0 }

@@ -72,6 +72,13 @@ def curve_section(logs: Mapping[str, list[dict[str, Any]]]) -> Section:
         f"What the runs logged while they trained.{points} The loss is the mean smooth-L1 distance to the "
         "target encoder's features, which change as it trains: a lower loss does not mean a better encoder."
     )
+    if panels.keys() & {"feature std", "RankMe", "target variance"}:
+        caption += (
+            " The monitors look at the target encoder. Feature std is 1 where image features point evenly "
+            "in all directions, RankMe is the effective number of their dimensions, target variance the "
+            "part of the targets that differs between images and places; features that collapse bring them "
+            "towards 0, 1 and 0."
+        )
     figure = pictures.draw_curves(panels, log_scale=("loss",))
     return Section(title="Training", parts=[_picture(figure, ", ".join(panels), caption, "svg")])
 
