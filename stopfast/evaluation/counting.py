@@ -16,12 +16,11 @@ from torch import Tensor
 from stopfast.config import Transforms
 from stopfast.evaluation.drawing import gratings, sampler, to_input
 from stopfast.evaluation.features import Representation
-from stopfast.evaluation.probes import fit_linear
 from stopfast.evaluation.ridge import Moments
 
 MOST = 8
 _STREAM = 0  # of the draws
-_FOLDS = 5  # every fifth training scene is held out to choose the strength of a regression on
+_FOLDS = 5
 _RADIUS = (0.07, 0.11)
 _GAP = 0.02
 _CONTRAST = 0.3
@@ -61,11 +60,9 @@ class Counted(NamedTuple):
     """What the probes found, by test scene."""
 
     count: np.ndarray
-    """bool [seeds, scenes]: the number of objects is classified rightly."""
+    """bool [scenes]: the number of objects is right."""
     where: np.ndarray
-    """fp64 [1, scenes]: correlation over patches of where objects are said to be with where they are."""
-    rates: list[float]
-    """The learning rate chosen by the probe of each seed."""
+    """fp64 [scenes]: correlation over patches of where objects are said to be with where they are."""
 
 
 def draw_scene(seed: int, index: int, size: tuple[int, int]) -> Scene:
@@ -109,64 +106,63 @@ def count_and_locate(
     sources: Mapping[str, Representation],
     transforms: Transforms,
     *,
-    seeds: int,
     device: torch.device,
     settings: CountingSettings | None = None,
 ) -> dict[str, Counted]:
     """Probe frozen features for the number of objects and for where they are.
 
-    The number is classified by :func:`stopfast.evaluation.probes.fit_linear` from the pooled features
-    of the last level (chance: 1 in 8). The share of a patch that objects cover is regressed from that
-    patch's features alone, by ridge regression whose strength is chosen on held-out training scenes; a
-    scene's score is the correlation of said and true shares over its patches (chance: 0).
+    Both by ridge regression on standardised features. The number is regressed from the pooled features of
+    the last level, at the strength that leaves the least leave-one-out error, and rounded (chance: 1 in
+    8). The share of a patch that objects cover is regressed from that patch's features alone, at the
+    strength that is best on every fifth training scene; a scene's score is the correlation of said and true
+    shares over its patches (chance: 0).
 
     Args:
         sources: by name.
         transforms: size, mean and deviation of what the encoders see.
-        seeds: how many probes of the number, with seeds from 0.
         device: of the encoders.
         settings: default ``CountingSettings()``.
-
-    Raises:
-        ValueError: no seed.
     """
-    if seeds < 1:
-        raise ValueError(f"expected seeds >= 1, got {seeds}")
     settings = settings or CountingSettings()
+    numbers: list[list[Tensor]] = [[], []]
     pooled: dict[str, list[list[Tensor]]] = {name: [[], []] for name in sources}
-    counts: list[list[Tensor]] = [[], []]
-    moments = {name: (Moments(), Moments()) for name in sources}
-    for images, labels, covered in _batches(settings, 0, settings.train, transforms):
-        place = torch.arange(len(images)) + sum(map(len, counts[0]))
-        held = place % _FOLDS == _FOLDS - 1
-        counts[0].append(labels)
+    shares = {name: (Moments(), Moments()) for name in sources}
+    where: dict[str, list[Tensor]] = {name: [] for name in sources}
+    for places, images, number, covered in _batches(settings, 0, settings.train, transforms):
+        numbers[0].append(number)
+        held = places % _FOLDS == _FOLDS - 1
         for name, source in sources.items():
             seen = source(images.to(device))
             pooled[name][0].append(_last(seen.pooled, source))
-            truth = share_of_patches(covered, source.grid(images))[..., None]
-            for part, wanted in zip(moments[name], (~held, held), strict=True):
-                part.add(seen.patches[wanted.to(device)], truth[wanted])
-    regressions = {name: Moments.choose(fit, held) for name, (fit, held) in moments.items()}
-    where: dict[str, list[Tensor]] = {name: [] for name in sources}
-    for images, labels, covered in _batches(settings, settings.train, settings.test, transforms):
-        counts[1].append(labels)
+            patches, truth = seen.patches.cpu(), share_of_patches(covered, source.grid(images))
+            for part, chosen in zip(shares[name], (~held, held), strict=True):
+                part.add(patches[chosen], truth[chosen, :, None])
+    locators = {name: Moments.choose(*parts) for name, parts in shares.items()}
+    for _, images, number, covered in _batches(settings, settings.train, settings.test, transforms):
+        numbers[1].append(number)
         for name, source in sources.items():
             seen = source(images.to(device))
             pooled[name][1].append(_last(seen.pooled, source))
             truth = share_of_patches(covered, source.grid(images))
-            said = regressions[name].predict(seen.patches)[..., 0]
-            where[name].append(correlation(said, truth))
-    known, asked = torch.cat(counts[0]), torch.cat(counts[1])
-    found = {}
-    for name in sources:
-        train, test = (torch.cat(parts) for parts in pooled[name])
-        probes = [fit_linear(train, known, seed=seed, device=device) for seed in range(seeds)]
-        found[name] = Counted(
-            np.stack([(probe.predict(test) == asked).numpy() for probe in probes]),
-            torch.cat(where[name]).numpy()[None],
-            [probe.rate for probe in probes],
+            where[name].append(correlation(locators[name].predict(seen.patches)[..., 0], truth))
+    known, asked = (torch.cat(parts).numpy() for parts in numbers)
+    return {
+        name: Counted(
+            _count(*(torch.cat(parts).double().numpy() for parts in pooled[name]), known) == asked,
+            torch.cat(where[name]).numpy(),
         )
-    return found
+        for name in sources
+    }
+
+
+def _count(train: np.ndarray, test: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    from sklearn.linear_model import RidgeCV
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    strengths = np.logspace(-8, 2, 11) * len(train)
+    model = make_pipeline(StandardScaler(), RidgeCV(alphas=strengths)).fit(train, numbers)
+    return model.predict(test).round().clip(1, MOST)
 
 
 def share_of_patches(covered: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -189,14 +185,14 @@ def _last(pooled: Tensor, source: Representation) -> Tensor:
 
 def _batches(
     settings: CountingSettings, first: int, count: int, transforms: Transforms
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Images fp32 [B, 3, H, W], numbers less one int64 [B], covered bool [B, H, W], on the CPU."""
-    for start in range(first, first + count, settings.batch_size):
-        stop = min(start + settings.batch_size, first + count)
-        scenes = [draw_scene(settings.seed, i, transforms.size) for i in range(start, stop)]
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Places int64 [B], images fp32 [B, 3, H, W], numbers int64 [B], covered bool [B, H, W], on the CPU."""
+    for places in torch.arange(first, first + count).split(settings.batch_size):
+        scenes = [draw_scene(settings.seed, i, transforms.size) for i in places.tolist()]
         yield (
+            places,
             to_input(np.stack([scene.pixels for scene in scenes]), transforms),
-            torch.tensor([scene.count - 1 for scene in scenes]),
+            torch.tensor([scene.count for scene in scenes]),
             torch.from_numpy(np.stack([scene.covered for scene in scenes])),
         )
 

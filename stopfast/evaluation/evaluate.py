@@ -144,11 +144,11 @@ def evaluate_checkpoints(
         labelled = _classify(scores, features, labels, wanted, seeds, where, settings)
     if "counting" in probes:
         counted = count_and_locate(
-            rows.sources, transforms, seeds=seeds, device=where, settings=settings.counting
+            rows.sources, transforms, device=where, settings=settings.counting
         )
         for name, found in counted.items():
-            scores.add("counting", name, found.count, found.rates)
-            scores.add("location", name, found.where)
+            scores.add("counting", name, found.count[None])
+            scores.add("location", name, found.where[None])
         references |= {"counting": 1 / MOST, "location": 0.0}
     if "propagation" in probes:
         carried = propagate_labels(

@@ -29,7 +29,7 @@ MEASURES: dict[Measure, _Shown] = {
     "linear": _Shown("linear", "test images and probe seeds"),
     "linear_last4": _Shown("linear, last 4 blocks", "test images and probe seeds"),
     "logistic": _Shown("few labels", "test images and subsets"),
-    "counting": _Shown("object counting", "drawn scenes and probe seeds"),
+    "counting": _Shown("object counting", "drawn scenes"),
     "location": _Shown("object location (r)", "drawn scenes", share=False),
     "propagation": _Shown("label propagation (J)", "drawn clips"),
 }

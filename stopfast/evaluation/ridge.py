@@ -5,7 +5,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-_STRENGTHS = tuple(10.0**power for power in range(-6, 3))
+_STRENGTHS = tuple(10.0**power for power in range(-8, 3))
 
 
 class Ridge(NamedTuple):
@@ -59,7 +59,7 @@ class Moments:
         """Choose the strength whose fit to ``fit`` errs least on ``held_out``, and fit that to both.
 
         The penalty is strength * rows * |w|^2 / 2 of standardised features, the bias free; strengths
-        are powers of ten from 1e-6 to 100.
+        are powers of ten from 1e-8 to 100.
 
         Raises:
             ValueError: no rows in one of the two.
@@ -82,8 +82,8 @@ class Moments:
         scale = covariance.diagonal()[first:last].clamp_min(1e-12).rsqrt()
         gram = covariance[first:last, first:last] * scale[:, None] * scale
         cross = covariance[first:last, last:] * scale[:, None]
-        # A floor keeps columns that are copies of others solvable, whatever the strength.
-        penalty = max(strength, 1e-9) * torch.eye(self.width, dtype=torch.float64)
+        # Of columns that are copies of each other, a penalty above rounding makes one solution.
+        penalty = strength * torch.eye(self.width, dtype=torch.float64)
         weight = torch.linalg.solve(gram + penalty, cross) * scale[:, None]
         return Ridge(weight, mean[last:] - mean[first:last] @ weight, strength)
 
