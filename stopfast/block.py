@@ -157,6 +157,11 @@ class Block(nn.Module):
         """
         return self._run(self._forward_shared, x, contexts, kept, queries_only)
 
+    def compile_parts(self) -> None:
+        """Compile what the block computes, for sequences of any length; keys and weights stay."""
+        self._forward = torch.compile(self._forward, dynamic=True)
+        self._forward_shared = torch.compile(self._forward_shared, dynamic=True)
+
     def _run(self, function: Callable[..., Tensor], *args: object) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)  # type: ignore[return-value]

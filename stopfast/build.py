@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
+from stopfast.block import Block
 from stopfast.config import Config
 from stopfast.encoder import VisionTransformer, image_grid
 from stopfast.kernels.ops import Ops, resolve_ops
@@ -74,7 +75,7 @@ def build_predictor(config: Config) -> Predictor:
         predictor_embed_dim=model.predictor_embed_dim,
         depth=model.predictor_depth,
         num_heads=model.num_heads,
-        mlp_ratio=model.mlp_ratio,
+        mlp_ratio=model.predictor_mlp_ratio,
         norm_layer=published_norm,
         grid_size=grid,
         init_rescale=model.init_rescale,
@@ -139,6 +140,11 @@ def build_objective(config: Config, steps_per_epoch: int) -> Jepa:
 
 def build_step(config: Config, objective: Jepa, device: torch.device) -> TrainStep:
     """Return the optimiser step of these settings for an objective, which moves to ``device``."""
+    if config.step.compile:
+        for module in objective.modules().values():
+            for block in module.modules():
+                if isinstance(block, Block):
+                    block.compile_parts()
     return TrainStep(
         objective,
         precision=config.step.precision,

@@ -99,6 +99,7 @@ class ModelConfig:
     mlp_ratio: float = 4.0
     predictor_embed_dim: int = 384
     predictor_depth: int = 6
+    predictor_mlp_ratio: float = 4.0
     target_blocks: int = 1
     """Average the target encoder's last this many blocks."""
     init_rescale: bool = False
@@ -242,7 +243,7 @@ class RunConfig:
     """Steps between two checkpoints; the newest two are kept."""
     resume: bool = False
     """Go on from the newest checkpoint in ``output``."""
-    dry_run: bool = False
+    dry_run: Annotated[bool, tyro.conf.arg(prefix_name=False)] = False
     """Print the resolved settings and stop."""
     tensorboard: bool = False
     """Write TensorBoard events beside the CSV and JSONL files."""

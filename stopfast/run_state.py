@@ -2,7 +2,7 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,10 +22,21 @@ from stopfast.objectives import Objective
 from stopfast.step import TrainStep
 
 _FREE = {
-    "run": ("output", "resume", "dry_run", "device", "log_every", "checkpoint_every"),
-    "data": ("threads",),
-    "step": ("ops", "attention"),
+    "run": (
+        "output",
+        "resume",
+        "dry_run",
+        "device",
+        "log_every",
+        "checkpoint_every",
+        "tensorboard",
+        "wandb",
+    ),
+    # Which images there are is told by their fingerprint, wherever they lie; what decodes, by its name.
+    "data": ("root", "threads", "loader", "hardware_share", "broken", "max_broken"),
+    "step": ("ops", "attention", "compile"),
     "optim": ("optimizer",),
+    "monitor": ("every", "images", "labelled", "labelled_images"),
 }
 """Settings that do not change what a run computes but for rounding; a resume may change them."""
 
@@ -33,10 +44,25 @@ _KEPT = 2
 """Checkpoints of a run that stay."""
 
 
+class DataState(NamedTuple):
+    """What the data position, a function of the step, is true for."""
+
+    images: int
+    fingerprint: str
+    """SHA-256 of the images' names, sizes and labels in their order."""
+    loader: str
+    """What decodes: the loaders agree closely, and not to the bit."""
+
+
 def save_run(
-    output: Path, config: Config, objective: Objective[Any], step: TrainStep, done: int
+    output: Path,
+    config: Config,
+    objective: Objective[Any],
+    step: TrainStep,
+    data: DataState,
+    done: int,
 ) -> Path:
-    """Write ``output/step-<done>``: weights, optimiser, settings and versions; return its path.
+    """Write ``output/step-<done>``: weights, optimiser, settings, data and versions; return its path.
 
     The newest two checkpoints of the run are kept, the others removed. One that is there is left as it is.
 
@@ -62,6 +88,7 @@ def save_run(
         {"model": weights, "optimizer": tensors},
         {
             "config": to_document(config),
+            "data": data._asdict(),
             "state": {"step": done, "optimizer": rest},
             "versions": {"stopfast": __version__, "torch": torch.__version__},
         },
@@ -72,12 +99,12 @@ def save_run(
 
 
 def load_run(
-    output: Path, config: Config, objective: Objective[Any], step: TrainStep
+    output: Path, config: Config, objective: Objective[Any], step: TrainStep, data: DataState
 ) -> tuple[Path, int]:
     """Load the newest checkpoint of a run; return its path and the steps that it has done.
 
     Raises:
-        CheckpointError: none there, an altered one, or one of other settings.
+        CheckpointError: none there, an altered one, or one of other settings or other data.
     """
     path = newest_checkpoint(output)
     tensors, documents = load_checkpoint(path)
@@ -86,6 +113,13 @@ def load_run(
         raise CheckpointError(
             f"{path}: expected the settings that it was made with, got other {', '.join(different)}"
         )
+    for name, now in data._asdict().items():
+        before = documents["data"][name]
+        if before != now:
+            raise CheckpointError(
+                f"{path}: expected the data that it was made with, got another {name}: {now} instead of "
+                f"{before}"
+            )
     for name, module in objective.modules().items():
         prefix = f"{name}."
         state = {

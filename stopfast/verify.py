@@ -22,6 +22,7 @@ from stopfast.checkpoint import load_checkpoint, load_weights, newest_checkpoint
 from stopfast.config import Config, from_document
 from stopfast.objectives.jepa import Jepa
 from stopfast.presets import PRESETS
+from stopfast.published_yaml import from_yaml
 from stopfast.step import Precision, TrainStep
 
 _RESULTS, _GRADIENTS = 2.0, 3.0
@@ -51,7 +52,8 @@ class _Arm(NamedTuple):
 
 
 def read_config(source: str) -> Config:
-    """Return the settings that a name or a path stands for: a preset, a JSON file, a run or a checkpoint.
+    """Return the settings that a name or a path stands for: a preset, a JSON file, a published
+    YAML file, a run or a checkpoint.
 
     Raises:
         ValueError: neither a preset nor something that can be read.
@@ -64,6 +66,8 @@ def read_config(source: str) -> Config:
         return from_document(Config, documents["config"])
     if not path.is_file():
         raise ValueError(f"expected --config as one of {list(PRESETS)} or a path, got {source!r}")
+    if path.suffix in (".yaml", ".yml"):
+        return from_yaml(path)
     try:
         return from_document(Config, json.loads(path.read_text(encoding="utf-8")))
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from stopfast import config, presets
 from stopfast.build import build_objective, build_step
 from stopfast.flat_adamw import FlatAdamW
 from stopfast.kernels.ops import EAGER, FUSED, AdamWBuffers, Ops
-from stopfast.run_state import load_run, save_run
+from stopfast.run_state import DataState, load_run, save_run
 from stopfast.step import TrainStep
 from tests.test_objective import assert_close, build, images, weights
 
@@ -177,8 +178,9 @@ def test_only_what_is_trained_may_be_left_alone():
 def test_run_goes_on(tmp_path):
     """Settings to step, and a checkpoint from which the flat optimiser, or torch's, goes on."""
     demo = presets.demo()
-    settings = config.replace(demo, optim=config.replace(demo.optim, optimizer="adamw_ema"))
-    data = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    settings = replace(demo, optim=replace(demo.optim, optimizer="adamw_ema"))
+    state = DataState(8, "", "pil")
+    images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
     def begin(settings: config.Config) -> tuple:
         objective = build_objective(settings, 10)
@@ -186,13 +188,13 @@ def test_run_goes_on(tmp_path):
 
     objective, step = begin(settings)
     for number in (1, 2):
-        step(data, number)
-    save_run(tmp_path, settings, objective, step, 2)
-    step(data, 3)
+        step(images, number)
+    save_run(tmp_path, settings, objective, step, state, 2)
+    step(images, 3)
     again, resumed = begin(settings)
     assert isinstance(resumed.optimizer, FlatAdamW)
-    load_run(tmp_path, settings, again, resumed)
-    resumed(data, 3)
+    load_run(tmp_path, settings, again, resumed, state)
+    resumed(images, 3)
     assert_close(weights(objective), weights(again), 1e-12)
 
 

@@ -87,20 +87,7 @@ def test_published_values(name):
     }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(
-            name,
-            marks=pytest.mark.xfail(
-                name == "ijepa-vit-g16",
-                reason="build_predictor gives the predictor the encoder's mlp_ratio; published: 4",
-                strict=True,
-            ),
-        )
-        for name in FACTS
-    ],
-)
+@pytest.mark.parametrize("name", list(FACTS))
 def test_parameter_counts(name):
     """With nothing allocated. Position tables are not counted, the mask token is."""
     config = PRESETS[name]()

@@ -2,9 +2,11 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,8 @@ from stopfast.checkpoint import load_checkpoint, newest_checkpoint
 from stopfast.cli import main
 from stopfast.config import Config, from_document, to_document
 from stopfast.data.digits import digits_folder
+from stopfast.data.images import Images
 from stopfast.env import dali_problem
-from stopfast.evaluate import paired_interval
 from stopfast.presets import PRESETS
 from stopfast.step import TrainStep
 
@@ -23,7 +25,10 @@ pytestmark = pytest.mark.skipif(dali_problem() is not None, reason="NVIDIA DALI 
 
 SMALL = ["--model.embed-dim", "32", "--model.depth", "2", "--model.num-heads", "2"]
 SMALL += ["--model.predictor-embed-dim", "16", "--model.predictor-depth", "1"]
+AUGMENTED = ["--data.transforms.flip", "0.5", "--data.transforms.gray", "0.2"]
+AUGMENTED += ["--data.transforms.blur", "0.5"]
 SHORT = [*SMALL, "--optim.epochs", "1", "--optim.warmup", "0.5", "--run.log-every", "5"]
+SHORT += ["--monitor.every", "0"]
 
 
 @pytest.fixture
@@ -91,16 +96,93 @@ main(sys.argv[1:])
 """
 
 
-def test_killed_run_goes_on_from_its_last_checkpoint(workplace):
-    """SIGKILL at step 16, in a process of its own; checkpoints every 5 steps, of which two are kept."""
-    arguments = ["pretrain", "demo", *SHORT, "--run.checkpoint-every", "5"]
-    done = subprocess.run([sys.executable, "-c", KILLED, *arguments], check=False)
+@pytest.mark.parametrize("loader", ["dali", "pil"])
+def test_killed_run_goes_on_from_its_last_checkpoint(loader, workplace):
+    """SIGKILL at step 16, in a process of its own; checkpoints every 5 steps, of which two are kept.
+
+    The losses of all steps and the final weights are bit by bit those of the run that nobody killed.
+    """
+    arguments = ["pretrain", "demo", *SHORT, *AUGMENTED, "--data.loader", loader]
+    killed = [*arguments, "--run.checkpoint-every", "5", "--run.log-every", "1"]
+    done = subprocess.run([sys.executable, "-c", KILLED, *killed], check=False)
     assert done.returncode == -signal.SIGKILL
-    assert sorted(p.name for p in Path("runs/demo").iterdir()) == ["step-0000010", "step-0000015"]
-    assert main([*arguments, "--run.resume"]) == 0
-    assert main(["pretrain", "demo", "--run.output", "runs/whole", *SHORT]) == 0
+    checkpoints = sorted(p.name for p in Path("runs/demo").glob("step-*"))
+    assert checkpoints == ["step-0000010", "step-0000015"]
+    assert main([*killed, "--run.resume"]) == 0
+    assert main([*arguments, "--run.output", "runs/whole"]) == 0
     whole, parts = final_state("runs/whole"), final_state("runs/demo")
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+    assert losses("runs/demo") == losses("runs/whole") and len(losses("runs/whole")) == 19
+
+
+def losses(run: str) -> list[tuple[int, float]]:
+    rows = map(json.loads, (Path(run) / "log.jsonl").read_text().splitlines())
+    return [(row["step"], row["loss"]) for row in rows if "loss" in row]
+
+
+def test_resume_refuses_other_data(workplace, monkeypatch, capsys):
+    """Another list of images behind the same settings; the same one elsewhere is no other."""
+    arguments = ["pretrain", "cifar10", *SHORT, "--run.output", "runs/one", "--data.root"]
+    for place in ("first", "second"):
+        shutil.copytree(workplace / "runs" / "digits" / "train", workplace / place)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2, lambda: signal.raise_signal(signal.SIGINT))
+        main([*arguments, "first"])
+    next((workplace / "first" / "3").iterdir()).unlink()
+    capsys.readouterr()
+    assert main([*arguments, "first", "--run.resume"]) == 2
+    assert "got another images: 1257 instead of 1258" in capsys.readouterr().err
+    image = next((workplace / "first" / "4").iterdir())
+    shutil.copy(image, workplace / "first" / "3" / "extra.jpg")
+    assert main([*arguments, "first", "--run.resume"]) == 2
+    assert "got another fingerprint" in capsys.readouterr().err
+    assert main([*arguments, "second", "--run.resume"]) == 0
+
+
+def test_one_broken_image(workplace, capsys):
+    """It is named before anything is trained, and may be left out."""
+    shutil.copytree(workplace / "runs" / "digits" / "train", workplace / "images")
+    cut = next((workplace / "images" / "3").iterdir())
+    cut.write_bytes(cut.read_bytes()[:-200])
+    arguments = ["pretrain", "cifar10", *SHORT, "--data.root", "images", "--run.output", "runs/one"]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert f"3/{cut.name}" in error and "--data.broken skip" in error
+    assert not Path("runs/one").exists()
+    assert main([*arguments, "--data.broken", "skip"]) == 0
+    out = capsys.readouterr().out
+    assert f"3/{cut.name}" in out and "1,257 images" in out
+
+
+def test_slow_reader_is_told(workplace, monkeypatch, capsys):
+    read = Images.read
+
+    def slow(self: Images, sample: int) -> bytes:
+        time.sleep(0.01)
+        return read(self, sample)
+
+    def waiting() -> list[int]:
+        asked = ["--data.batch-size", "128", "--run.log-every", "3"]
+        asked += ["--run.output", f"runs/{time.time_ns()}"]
+        assert main(["pretrain", "demo", *SHORT, *asked]) == 0
+        found = re.findall(r"(\d+) % waiting for data, (\d+) % computing", capsys.readouterr().out)
+        assert all(int(a) + int(b) == 100 for a, b in found)
+        return [int(a) for a, _ in found[1:]]  # the first stretch has the loader's beginning in it
+
+    usual = waiting()
+    monkeypatch.setattr(Images, "read", slow)
+    assert min(waiting()) > 60 > max(usual)
+
+
+def test_compiled_run_is_the_eager_one(workplace):
+    """Fifty steps on decoded images under torch.compile, against the eager loop."""
+    arguments = ["pretrain", "demo", *SMALL, "--optim.epochs", "3", "--optim.warmup", "0.5"]
+    arguments += ["--monitor.every", "0"]
+    assert main([*arguments, "--run.output", "runs/eager"]) == 0
+    assert main([*arguments, "--run.output", "runs/compiled", "--step.compile"]) == 0
+    eager, compiled = losses("runs/eager"), losses("runs/compiled")
+    assert len(eager) == 57 and eager != compiled
+    assert [b for _, b in compiled] == pytest.approx([a for _, a in eager], rel=1e-4)
 
 
 def test_resume_refuses_other_settings(workplace, monkeypatch, capsys):
@@ -115,17 +197,24 @@ def test_lines_and_checkpoint(workplace, capsys):
     """Loss, speed and waiting are printed; settings come back from the checkpoint; evaluation runs."""
     assert main(["pretrain", "demo", *SHORT]) == 0
     out = capsys.readouterr().out
-    assert len(re.findall(r"loss \d\.\d+, lr .*, \d+ images/s, \d+ % waiting for data", out)) == 4
+    assert (
+        len(
+            re.findall(
+                r"loss \d\.\d+, lr .*, \d+ images/s, \d+ % waiting for data, \d+ % computing, ", out
+            )
+        )
+        == 4
+    )
     path = newest_checkpoint(Path("runs/demo"))
     _, documents = load_checkpoint(path)
     config = from_document(Config, documents["config"])
     assert config.model.embed_dim == 32 and to_document(config) == documents["config"]
-    assert main(["evaluate", "runs/demo", "--data", "runs/digits", "--save", "result.json"]) == 0
+    asked = ["--data", "runs/digits", "--probes", "knn", "--save", "result.json"]
+    assert main(["evaluate", "runs/demo", *asked]) == 0
     out = capsys.readouterr().out
     result = json.loads(Path("result.json").read_text())
-    assert set(result["accuracy"]) == {"target_encoder", "untrained", "raw pixels"}
-    assert result["accuracy"]["raw pixels"]["linear"] > 0.85 and "paired 95 % interval" in out
-    assert result["test_images"] == 539
+    assert result["figures"]["raw pixels"]["knn"]["value"] > 0.85 and "paired differences" in out
+    assert result["test_images"] == 539 and len(result["figures"]) == 3
     for bad, message in (
         (["runs/absent"], "checkpoint"),
         ([str(path), "--data", "runs"], "one set of images|found none"),
@@ -138,7 +227,7 @@ def test_lines_and_checkpoint(workplace, capsys):
 def test_lost_loss_leaves_no_checkpoint(workplace, capsys):
     assert main(["pretrain", "demo", *SHORT, "--optim.lr", "1e30", "--optim.start-lr", "1e30"]) == 2
     assert "the loss is nan" in capsys.readouterr().err
-    assert not list(Path("runs").glob("demo*"))
+    assert not list(Path("runs").glob("demo/step-*"))
 
 
 @pytest.mark.parametrize(("failure", "kept"), [(OSError, True), (RuntimeError, False)])
@@ -151,12 +240,12 @@ def test_failure(failure, kept, workplace, monkeypatch, capsys):
     stop_at(monkeypatch, 6, fail)
     assert main(["pretrain", "demo", *SHORT]) == 2
     assert "disk on fire" in capsys.readouterr().err
-    assert [p.name for p in Path("runs").glob("demo/*")] == ["step-0000005"] * kept
+    assert [p.name for p in Path("runs").glob("demo/step-*")] == ["step-0000005"] * kept
 
 
 @pytest.mark.parametrize("preset", list(PRESETS))
 def test_dry_run_prints_the_settings(preset, workplace, capsys):
-    assert main(["pretrain", preset, "--run.dry-run", "--mask.npred", "3"]) == 0
+    assert main(["pretrain", preset, "--dry-run", "--mask.npred", "3"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["mask"]["npred"] == 3 and from_document(Config, document).preset == preset
 
@@ -165,7 +254,7 @@ def test_dry_run_prints_the_settings(preset, workplace, capsys):
     ("arguments", "message"),
     [
         (["pretrain", "cifar10"], "--data.root"),
-        (["pretrain", "cifar10", "--data.root", "absent"], "not a folder"),
+        (["pretrain", "cifar10", "--data.root", "absent"], "absent, which is not there"),
         (["pretrain", "demo", "--data.batch-size", "5000"], "at least one batch of 5000"),
         (["pretrain", "demo", "--optim.epochs", "0"], "epochs"),
         (["pretrain", "demo", "--step.accumulate", "3"], "accumulate=3"),
@@ -193,10 +282,3 @@ def test_requests_that_cannot_work(arguments, message, workplace, capsys):
     assert status == 2 and message in captured.err + captured.out
     assert "Traceback" not in captured.err
     assert set(workplace.rglob("*")) == before
-
-
-def test_paired_interval():
-    first = torch.tensor([1, 1, 1, 0] * 100).bool().numpy()
-    second = torch.tensor([1, 0, 1, 1] * 100).bool().numpy()
-    mean, low, high = paired_interval(first, second)
-    assert mean == 0 and high == -low == pytest.approx(1.96 * 0.5**0.5 / 20, rel=0.01)

@@ -10,7 +10,7 @@ from stopfast import build, cli, verify
 from stopfast.config import Config, to_document
 from stopfast.kernels.ops import FUSED, resolve_ops
 from stopfast.presets import PRESETS
-from stopfast.run_state import save_run
+from stopfast.run_state import DataState, save_run
 
 TINY = PRESETS["demo"]()
 TINY = replace(
@@ -84,7 +84,7 @@ def test_checkpoint(tmp_path):
     with torch.no_grad():
         objective.predictor.mask_token.fill_(7.0)
     step = build.build_step(config, objective, torch.device("cpu"))
-    save_run(tmp_path / "run", config, objective, step, 1)
+    save_run(tmp_path / "run", config, objective, step, DataState(1, "", "pil"), 1)
     assert verify.read_config(str(tmp_path / "run")) == config
     arm = verify._arm(config, "fused", tmp_path / "run", "cpu")
     assert (arm.objective.predictor.mask_token == 7).all()

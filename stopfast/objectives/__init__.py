@@ -39,6 +39,10 @@ class Objective(Protocol[Draws]):
         """Parameter groups and clipping."""
         ...
 
+    def features(self, images: Tensor) -> Tensor:
+        """Patch features [B, N, D] of images, as evaluation takes them: what monitors watch."""
+        ...
+
     def scalars(self, step: int) -> dict[str, float]:
         """``lr``, ``weight_decay`` and, with teachers, ``momentum`` of a step."""
         ...

@@ -130,6 +130,10 @@ class Jepa:
         place = torch.arange(blocks * tokens, device=index.device).view(blocks, 1, tokens)
         return features, place.expand(-1, batch, -1)
 
+    def features(self, images: Tensor) -> Tensor:
+        """The target encoder's normed output."""
+        return self.target_encoder(images)
+
     def teacher_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         """The target encoder follows the encoder."""
         return [(self.encoder, self.target_encoder)]

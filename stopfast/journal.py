@@ -1,0 +1,174 @@
+"""The record of a run on disk: CSV and JSONL always, TensorBoard and Weights & Biases on request.
+
+The loss stays on the device until the journal is flushed, so that writing a row for every step does not
+make the host wait for every step.
+"""
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from stopfast.config import Config, to_document
+
+STEPS, LOOKS, LINES = "log.csv", "monitors.csv", "log.jsonl"
+
+
+class Sink(Protocol):
+    """Somewhere else that rows go to."""
+
+    def write(self, step: int, row: Mapping[str, float]) -> None:
+        """Take a row of a step."""
+        ...
+
+    def close(self) -> None:
+        """Write out what is held back."""
+        ...
+
+
+class Journal:
+    """Rows of a run in its folder, cut back to the checkpoint that a resumed run goes on from.
+
+    ``log.csv`` has a row for every step (step, epoch, loss, the step's scalars, seconds and how many of
+    these the host waited for data), ``monitors.csv`` one for every look of the monitors; ``log.jsonl`` has
+    both.
+
+    Args:
+        folder: of the run; it exists.
+        done: steps that the checkpoint has done; rows of later ones are removed, since they come again.
+        sinks: where else the rows go.
+    """
+
+    def __init__(self, folder: Path, done: int, sinks: Sequence[Sink] = ()) -> None:
+        self.folder, self.sinks = folder, sinks
+        self._held: list[tuple[dict[str, Any], Tensor]] = []
+        for name in (STEPS, LOOKS):
+            _cut(folder / name, done, lambda line: line.partition(",")[0])
+        _cut(folder / LINES, done, lambda line: str(json.loads(line)["step"]))
+
+    def step(self, row: Mapping[str, float], loss: Tensor) -> None:
+        """Hold a step's row, ``step`` first, until the next flush."""
+        self._held.append((dict(row), loss))
+
+    def flush(self) -> list[float]:
+        """Write the steps held, and return their losses; this waits for the device."""
+        if not self._held:
+            return []
+        losses = torch.stack([loss for _, loss in self._held]).tolist()
+        rows = [{**row, "loss": loss} for (row, _), loss in zip(self._held, losses, strict=True)]
+        self._held.clear()
+        self._write(STEPS, rows)
+        return losses
+
+    def look(self, row: Mapping[str, float]) -> None:
+        """Write what the monitors saw, ``step`` first."""
+        self._write(LOOKS, [row])
+
+    def close(self) -> None:
+        """Write what is held, and close the sinks."""
+        self.flush()
+        for sink in self.sinks:
+            sink.close()
+
+    def _write(self, name: str, rows: Sequence[Mapping[str, float]]) -> None:
+        path = self.folder / name
+        new = not path.exists()
+        with path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            if new:
+                writer.writeheader()
+            writer.writerows(rows)
+        with (self.folder / LINES).open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        for row in rows:
+            for sink in self.sinks:
+                sink.write(int(row["step"]), {k: v for k, v in row.items() if k != "step"})
+
+
+def _cut(path: Path, done: int, step_of: Any) -> None:  # noqa: ANN401
+    """Keep a file's header and its rows of steps up to ``done``; a last line that a kill cut short goes."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        if not line.endswith("\n"):
+            break
+        step = step_of(line)
+        if step == "step" or int(step) <= done:
+            kept.append(line)
+    whole = path.with_name(f".{path.name}.unfinished")
+    whole.write_text("".join(kept))
+    whole.replace(path)
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path, done: int) -> None:
+        # Events of steps that come again are hidden from purge_step on.
+        writer = import_module("torch.utils.tensorboard").SummaryWriter
+        self.writer = writer(str(folder / "tensorboard"), purge_step=done + 1)
+
+    def write(self, step: int, row: Mapping[str, float]) -> None:
+        for name, value in row.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class _WeightsAndBiases:
+    def __init__(self, project: str, folder: Path, config: Config) -> None:
+        wandb = import_module("wandb")
+        name = folder / "wandb-id"
+        resumed = name.read_text() if name.exists() else None
+        self.run = wandb.init(
+            project=project,
+            dir=str(folder),
+            name=folder.name,
+            id=resumed,
+            resume="allow",
+            config=to_document(config),
+        )
+        name.write_text(self.run.id)
+
+    def write(self, step: int, row: Mapping[str, float]) -> None:
+        self.run.log(dict(row), step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+_NEEDS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
+
+
+def require_sinks(config: Config) -> None:
+    """Refuse settings whose loggers are not installed, before anything is written.
+
+    Raises:
+        ValueError: names the library and how to get it.
+    """
+    asked = {"tensorboard": config.run.tensorboard, "wandb": config.run.wandb is not None}
+    for name, wanted in asked.items():
+        if not wanted:
+            continue
+        try:
+            import_module(_NEEDS[name])
+        except ImportError as error:
+            raise ValueError(
+                f"expected {name} for --run.{name}, which cannot be imported ({error}): "
+                f"pip install 'stopfast[{name}]'"
+            ) from None
+
+
+def open_sinks(config: Config, folder: Path, done: int) -> list[Sink]:
+    """Return the loggers that the settings ask for."""
+    sinks: list[Sink] = []
+    if config.run.tensorboard:
+        sinks.append(_TensorBoard(folder, done))
+    if config.run.wandb is not None:
+        sinks.append(_WeightsAndBiases(config.run.wandb, folder, config))
+    return sinks
