@@ -47,7 +47,9 @@ def decode_with_dali(
             pixels, samples = graph.run()
         except StopIteration:
             return
-        except RuntimeError:
+        except RuntimeError as error:
+            if "decode" not in str(error):
+                raise
             broken = _broken(under_way, images, transforms, device, data)
             if not broken:
                 raise

@@ -1,6 +1,7 @@
 """One image, from its stored bytes to pixels, by PIL: which files are images, and what they show."""
 
 import io
+import zlib
 
 import numpy as np
 from PIL import Image, ImageFilter, UnidentifiedImageError
@@ -34,7 +35,8 @@ def open_stored(data: bytes) -> Image.Image:
 def check_stored(data: bytes) -> None:
     """Decode an image whole, and check what makes DALI's stricter parsers fail where PIL goes on.
 
-    Those are stray bytes between the segments of a JPEG's header, and a PNG without its end.
+    Those are stray bytes between the segments of a JPEG's header, and a PNG without its end or with a wrong
+    checksum.
 
     Raises:
         ValueError: why it cannot be used.
@@ -47,7 +49,7 @@ def check_stored(data: bytes) -> None:
     except Exception as error:
         raise ValueError(f"{type(error).__name__}: {error}") from None
     if image.format == "PNG":
-        _check_png_end(data)
+        _check_png(data)
     else:
         _check_jpeg_header(data)
 
@@ -109,12 +111,17 @@ def _check_jpeg_header(data: bytes) -> None:
         place += 1 + int.from_bytes(data[place + 1 : place + 3], "big")
 
 
-def _check_png_end(data: bytes) -> None:
-    """Walk the chunks to the end, which PIL does not ask for once it has the pixels."""
+def _check_png(data: bytes) -> None:
+    """Walk the chunks to the end, which PIL does not ask for, nor for sums, once it has the pixels."""
     place = 8
     while place + 12 <= len(data):
         length = int.from_bytes(data[place : place + 4], "big")
-        if data[place + 4 : place + 8] == b"IEND" and length == 0:
+        kind = data[place + 4 : place + 8]
+        if kind[:1].isupper():  # one that must not be ignored
+            end = place + 8 + length
+            if data[end : end + 4] != zlib.crc32(data[place + 4 : end]).to_bytes(4, "big"):
+                raise ValueError("one of its chunks has a wrong checksum")
+        if kind == b"IEND":
             return
         place += 12 + length
     raise ValueError("it ends before its IEND chunk")
