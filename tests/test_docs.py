@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from stopfast.cli import main
 from stopfast.export import export_run
 from stopfast.presets import PRESETS
 from tests.test_export import settings, write_checkpoint
@@ -49,8 +50,6 @@ def test_example(example, workplace):
 
 @pytest.mark.parametrize("example", blocks("bash"))
 def test_command(example, workplace):
-    from stopfast.cli import main
-
     for line in example.strip().splitlines():
         program, *arguments = line.split()
         assert program == "stopfast"

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from stopfast import VisionTransformer, load_published
 from stopfast.build import build_encoder, build_predictor, seeded
-from stopfast.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from stopfast.checkpoint import CheckpointError, save_checkpoint
 from stopfast.config import (
     DataConfig,
     ModelConfig,
@@ -182,8 +182,11 @@ def test_published_file(name, checkpoints, tmp_path):
 @pytest.mark.parametrize("format", ["safetensors", "timm", "hf"])
 def test_metadata_say_what_it_is(format, checkpoints, tmp_path):
     output = export_run(checkpoints["wide"], tmp_path / "a", format=format, which="encoder")
-    metadata = read_tensors(output if format == "safetensors" else output / "model.safetensors")[1]
+    file = output if format == "safetensors" else output / "model.safetensors"
+    metadata = read_tensors(file)[1]
     assert metadata["format"] == "pt"
+    (tmp_path / "any").touch()
+    assert file.stat().st_mode == (tmp_path / "any").stat().st_mode  # others can read it, too
     assert (metadata["stopfast.which"], metadata["stopfast.step"]) == ("encoder", "7")
     config = json.loads(metadata["stopfast.config"])
     assert config["model"]["depth"] == 2 and config["run"]["seed"] == 5
@@ -378,11 +381,13 @@ def test_an_export_appears_whole_or_not_at_all(format, checkpoints, tmp_path, mo
 
 
 def test_requests_that_cannot_be_met(checkpoints, tmp_path):
-    config = replace(settings("square"), noise=NoiseConfig(variant="stop", tie=False))
-    untied = write_checkpoint(tmp_path / "untied", config)
-    assert "predictor.noise_embed.weight" in load_checkpoint(untied)[0]["model"]
+    untied = NoiseConfig(variant="stop", tie=False)
+    paper = NoiseConfig(variant="stop_paper")
+    for name, noise in (("untied", untied), ("paper", paper)):
+        write_checkpoint(tmp_path / name, replace(settings("square"), noise=noise))
     for checkpoint, given, message in (
-        (untied, {"format": "pth"}, "tie=False"),
+        (tmp_path / "untied", {"format": "pth"}, "tie=False"),
+        (tmp_path / "paper", {"format": "pth"}, "stop_paper"),
         (checkpoints["square"], {"format": "onnx"}, "onnx"),
         (checkpoints["square"], {"format": "timm", "which": "teacher"}, "teacher"),
         (tmp_path / "absent", {"format": "timm"}, "expected a checkpoint"),

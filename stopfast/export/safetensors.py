@@ -51,8 +51,11 @@ def write_safetensors(run: TrainedRun, which: Which, path: Path) -> None:
 
 
 def save_tensors(state: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write tensors with metadata."""
+    """Write tensors with metadata, with the permissions of any new file."""
+    path.touch()
+    mode = path.stat().st_mode
     save_file(dict(state), path, metadata)
+    path.chmod(mode)  # safetensors leaves a file that only its owner can read
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
