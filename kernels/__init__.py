@@ -1,7 +1,9 @@
-"""Every operation of stopfast: eager definitions now, fused kernels beside them."""
+"""Every operation of stopfast: the eager definitions, and the fused kernels beside them."""
 
-# One file must not become two modules: the folder is importable as `kernels` from a checkout's root.
+# In a checkout's root the folder is importable as `kernels` too, and one file must not become two modules.
+# There it is an empty package, not an error: others look for the Hugging Face library of that name.
 if __name__ != "stopfast.kernels":
-    raise ImportError(
-        f"imported as {__name__!r}: use 'stopfast.kernels', the one name of this package"
-    )
+    __path__ = []
+
+    def __getattr__(name: str) -> object:
+        raise AttributeError(f"no {name!r} in {__name__!r}: use 'stopfast.kernels', its one name")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from stopfast.acceleration import accelerate
     from stopfast.encoder import VisionTransformer
+    from stopfast.export import export_run, import_encoder, load_encoder
     from stopfast.masking import MaskCollator, MultiBlockMasks
     from stopfast.predictor import Predictor
     from stopfast.published import load_published
@@ -20,6 +21,9 @@ __all__ = [
     "Predictor",
     "VisionTransformer",
     "accelerate",
+    "export_run",
+    "import_encoder",
+    "load_encoder",
     "load_published",
 ]
 
@@ -29,6 +33,9 @@ _HOME = {
     "Predictor": "stopfast.predictor",
     "VisionTransformer": "stopfast.encoder",
     "accelerate": "stopfast.acceleration",
+    "export_run": "stopfast.export",
+    "import_encoder": "stopfast.export",
+    "load_encoder": "stopfast.export",
     "load_published": "stopfast.published",
 }
 

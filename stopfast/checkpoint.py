@@ -36,10 +36,7 @@ def save_checkpoint(
     shutil.rmtree(unfinished, ignore_errors=True)  # what an earlier, killed save left
     unfinished.mkdir(parents=True)
     for name, state in tensors.items():
-        save_file(
-            {k: v.detach().cpu().contiguous() for k, v in state.items()},
-            unfinished / f"{name}.safetensors",
-        )
+        save_tensors(state, unfinished / f"{name}.safetensors")
     for name, document in documents.items():
         (unfinished / f"{name}.json").write_text(json.dumps(document, indent=2, sort_keys=True))
     manifest = {
@@ -51,6 +48,16 @@ def save_checkpoint(
         _flush(path)
     os.replace(unfinished, folder)
     _flush(folder.parent)
+
+
+def save_tensors(
+    state: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Write tensors of any device to a new file, with the permissions of any new file."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, path, metadata)
+    path.chmod(mode)  # safetensors leaves a file that only its owner can read
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:

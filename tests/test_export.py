@@ -364,7 +364,7 @@ def test_files_that_cannot_be_imported(checkpoints, tmp_path):
 
 @pytest.mark.parametrize("format", ["safetensors", "timm", "hf", "pth"])
 def test_an_export_appears_whole_or_not_at_all(format, checkpoints, tmp_path, monkeypatch):
-    module = "torch.save" if format == "pth" else "stopfast.export.safetensors.save_file"
+    module = "torch.save" if format == "pth" else "stopfast.checkpoint.save_file"
 
     def dies(tensors, path, *_):
         Path(path).write_bytes(b"half")

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from stopfast import __version__
-from stopfast.checkpoint import CheckpointError
+from stopfast.checkpoint import CheckpointError, save_tensors
 from stopfast.config import Config, RunConfig, to_document
 from stopfast.encoder import VisionTransformer
 from stopfast.export.weights import Imported, Untold, cpu_weights, encoder_of, untold_of
@@ -48,14 +47,6 @@ def write_safetensors(run: TrainedRun, which: Which, path: Path) -> None:
     encoder = run.chosen(which)
     metadata = {**run_metadata(run, which), _ENCODER: json.dumps(untold_of(encoder)._asdict())}
     save_tensors(cpu_weights(encoder), path, metadata)
-
-
-def save_tensors(state: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write tensors with metadata, with the permissions of any new file."""
-    path.touch()
-    mode = path.stat().st_mode
-    save_file(dict(state), path, metadata)
-    path.chmod(mode)  # safetensors leaves a file that only its owner can read
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from stopfast.checkpoint import CheckpointError
+from stopfast.checkpoint import CheckpointError, save_tensors
 from stopfast.config import Transforms
 from stopfast.encoder import VisionTransformer
-from stopfast.export.safetensors import run_metadata, save_tensors
+from stopfast.export.safetensors import run_metadata
 from stopfast.export.weights import PUBLISHED_EPS, Untold, cpu_weights, mlp_ratio, untold_of
 from stopfast.trained import TrainedRun, Which
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stopfast.checkpoint import CheckpointError
+from stopfast.checkpoint import CheckpointError, save_tensors
 from stopfast.config import Transforms
 from stopfast.encoder import VisionTransformer
-from stopfast.export.safetensors import run_metadata, save_tensors
+from stopfast.export.safetensors import run_metadata
 from stopfast.export.weights import Untold, cpu_weights, untold_of
 from stopfast.trained import TrainedRun, Which
 
