@@ -146,16 +146,14 @@ def count_and_locate(
             truth = share_of_patches(covered, source.grid(images))
             where[name].append(correlation(locators[name].predict(seen.patches)[..., 0], truth))
     known, asked = (torch.cat(parts).numpy() for parts in numbers)
-    return {
-        name: Counted(
-            _count(*(torch.cat(parts).double().numpy() for parts in pooled[name]), known) == asked,
-            torch.cat(where[name]).numpy(),
-        )
-        for name in sources
-    }
+    found = {}
+    for name, parts in pooled.items():
+        train, test = (torch.cat(part).double().numpy() for part in parts)
+        found[name] = Counted(_count(train, known, test) == asked, torch.cat(where[name]).numpy())
+    return found
 
 
-def _count(train: np.ndarray, test: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+def _count(train: np.ndarray, numbers: np.ndarray, test: np.ndarray) -> np.ndarray:
     from sklearn.linear_model import RidgeCV
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
