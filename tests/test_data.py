@@ -105,6 +105,12 @@ def test_fingerprint(photographs, tmp_path):
         change()
         prints.add(open_images(moved).fingerprint())
     assert len(prints) == 6
+    tars = [
+        _shards(tmp_path / texts, photographs, lambda n, t=texts: t[n % 2])[0]
+        for texts in ("ab", "ac")
+    ]
+    assert open_images(tars[0]).labels == open_images(tars[1]).labels
+    assert open_images(tars[0]).fingerprint() != open_images(tars[1]).fingerprint()
 
 
 def _bad(tmp_path, kind):
@@ -192,6 +198,9 @@ def test_order():
     assert plan.steps_per_epoch == 2 and all(len(batch) == 4 for batch in whole)
     assert all(map(np.array_equal, whole[3:], plan.batches(4, 6)))
     assert len(set(np.concatenate(whole[:2]))) == 8
+    samples, sizes = np.arange(4), np.tile([300, 500], (4, 1))
+    drawn = [plan.draws(step, samples, sizes).size for step in (1, 2, 3)]
+    assert np.array_equal(drawn[0], drawn[1]) and not np.array_equal(drawn[0], drawn[2])
     with pytest.raises(ValueError, match="at least one batch of 11"):
         TrainPlan(10, 11, Transforms(), seed=0)
 
