@@ -66,7 +66,8 @@ def resolve_loader(loader: Literal["auto", "dali", "pil"]) -> Literal["dali", "p
         return "dali"
     if loader == "dali":
         raise ValueError(f"expected NVIDIA DALI for --data.loader dali, got {problem}")
-    warnings.warn(f"PIL decodes, which is slower: {problem}", RuntimeWarning, stacklevel=2)
+    # Shown once a process, wherever it is asked for, since the place it is said to come from is this one.
+    warnings.warn(f"PIL decodes, which is slower: {problem}", RuntimeWarning, stacklevel=1)
     return "pil"
 
 
