@@ -124,8 +124,11 @@ def test_raw_pixels_are_at_most_32_a_side_and_patches_are_in_raster_order():
     assert torch.equal(seen.patches[1, 7], images[1, :, 16:32, 16:32].flatten())
     small = torch.randn(2, 3, 8, 8)
     assert torch.equal(PixelFeatures(4)(small).pooled, small.flatten(1))
+    sources = {"pixels": PixelFeatures(4)}
     with pytest.raises(ValueError, match="expected 5 images, got 4"):
-        collect({"pixels": PixelFeatures(4)}, [small, small], 5)
+        collect(sources, [small, small], 5)
+    with pytest.raises(ValueError, match="expected finite features, got others from pixels"):
+        collect(sources, [small, small / 0], 4)
 
 
 def test_cached_features_are_read_and_only_for_the_same_question(

@@ -105,7 +105,7 @@ def test_rate_is_chosen_on_images_that_were_not_trained_on():
     assert probe.held_out[0] < 0.5
 
 
-def test_rates_compete_and_a_diverging_one_loses():
+def test_best_rate_on_held_out_images_is_chosen():
     features, labels = clusters(400, 4, 1.5)
     settings = LinearSettings(rates=(1e-7, 0.3, 1e38), epochs=5)
     probe = fit_linear(features, labels, seed=0, settings=settings)

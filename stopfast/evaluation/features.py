@@ -173,7 +173,7 @@ def extract(
             source with an identity is cached.
 
     Raises:
-        ValueError: an image that cannot be decoded.
+        ValueError: an image that cannot be decoded, or features that are not finite.
     """
     found: dict[str, Features] = {}
     files: dict[str, Path] = {}
@@ -227,13 +227,15 @@ def collect(
     """Return each source's features of ``count`` images, which come as batches fp32 [B, 3, H, W].
 
     Raises:
-        ValueError: another number of images.
+        ValueError: another number of images, or features that are not finite.
     """
     tables: dict[str, Tensor] = {}
     done = 0
     for images in batches:
         for name, source in sources.items():
             rows = source(images).pooled
+            if not bool(rows.isfinite().all()):
+                raise ValueError(f"expected finite features, got others from {name}")
             if name not in tables:
                 # Filled in place: a list of parts would need the memory twice when it is joined.
                 kind = torch.float16 if precision == "bf16" else torch.float32

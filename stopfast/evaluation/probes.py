@@ -245,7 +245,7 @@ def _train(
 def _score(
     heads: Heads, features: Tensor, labels: Tensor, rows: np.ndarray, count: int
 ) -> tuple[list[float], list[float]]:
-    """Accuracy and mean cross-entropy of each head; one that diverged has an infinite loss and 0."""
+    """Accuracy and mean cross-entropy of each head."""
     correct, loss = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
     for batch in torch.from_numpy(rows).split(_CHUNK):
         logits = heads.logits(features, batch).view(len(batch), count, -1).cpu()
@@ -253,8 +253,6 @@ def _score(
         correct += (logits.argmax(2) == wanted[:, None]).sum(0)
         index = wanted[:, None, None].expand(-1, count, 1)
         loss -= logits.double().log_softmax(2).gather(2, index).sum((0, 2))
-    finite = loss.isfinite()
-    correct, loss = correct.where(finite, 0.0), loss.where(finite, math.inf)
     return (correct / len(rows)).tolist(), (loss / len(rows)).tolist()
 
 
