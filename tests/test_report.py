@@ -187,7 +187,8 @@ def test_a_perfect_prediction_finds_its_patch(variant):
     config = settings(variant)
     run = run_of(config)
     with torch.no_grad():  # a norm that is not new, or the targets' own would change nothing
-        run.target_encoder.norm.bias += torch.randn(24)
+        for parameter in run.target_encoder.norm.parameters():
+            parameter.add_(torch.randn(24))
     pixels = torch.randn(5, 3, 32, 32)
     masks = build_masks(config)(5, 0)
 
