@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from stopfast.checkpoint import step_checkpoints
+from stopfast.checkpoint import CheckpointError, step_checkpoints
 from stopfast.config import Config
 from stopfast.data.digits import digits_folder
 from stopfast.data.images import open_images, split_folder
@@ -52,7 +52,7 @@ def demo(output: Path, console: Console, *, device: str = "auto", epochs: int = 
 
     Raises:
         RuntimeError: matplotlib is not installed; nothing is trained then.
-        ValueError: ``output`` holds runs of other settings.
+        CheckpointError: ``output`` holds a run of other settings, or an altered one.
     """
     require_matplotlib()
     digits = digits_folder(output / "digits")
@@ -108,7 +108,10 @@ def _train(config: Config, console: Console) -> bool:
     folder = config.run.output
     assert folder is not None and config.data.root is not None
     resume = bool(step_checkpoints(folder))
-    path = pretrain(replace(config, run=replace(config.run, resume=resume)), console)
+    try:
+        path = pretrain(replace(config, run=replace(config.run, resume=resume)), console)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; remove {folder}, or choose another --output") from None
     images = open_images(split_folder(config.data.root, "train"))
     steps = config.optim.epochs * (len(images) // config.data.batch_size)
     return load_trained(path).step >= steps

@@ -36,9 +36,9 @@ def few_steps(monkeypatch):
     monkeypatch.setattr(module, "_LOOKS", 1)
 
 
-def told(output, **arguments) -> tuple[str, object]:
+def told(output, epochs=1) -> tuple[str, object]:
     text = io.StringIO()
-    result = demo(output, Console(file=text, width=100), device="cpu", epochs=1, **arguments)
+    result = demo(output, Console(file=text, width=100), device="cpu", epochs=epochs)
     return text.getvalue(), result
 
 
@@ -75,6 +75,9 @@ def test_a_stopped_demo_goes_on_and_a_finished_one_is_not_made_again(
 
     told(tmp_path)
     assert len(steps) == 8
+
+    with pytest.raises(ValueError, match=r"other optim\.epochs.*choose another --output"):
+        told(tmp_path, epochs=2)
 
 
 def test_runs_differ_in_their_queries_alone(tmp_path):

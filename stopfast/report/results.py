@@ -63,4 +63,5 @@ def _cell(measure: Measure, figure: Figure | None, *, signed: bool) -> str:
         f"{scale * end:{sign}.{digits}f}" for end in (figure.value, figure.low, figure.high)
     )
     unit = "\u00a0%" if MEASURES[measure].share and not signed else ""
-    return f"{value}{unit} ({low} to {high})"
+    # A narrow page breaks the line before the interval, not inside.
+    return f"{value}{unit} ({low}\u00a0to\u00a0{high})"
