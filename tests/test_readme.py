@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.kernel_table import table
 from stopfast.cli import main
+from tests.test_published_yaml import FILES, YAML
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -32,17 +33,22 @@ def commands(kind: str) -> list[list[str]]:
     return [p[2:] for p in parts if p[0].endswith("stopfast") and p[1] == kind]
 
 
-@pytest.mark.parametrize("arguments", commands("pretrain"))
-def test_pretrain_commands_resolve(arguments, capsys):
-    assert main(["pretrain", *arguments, "--run.dry-run"]) == 0
+@pytest.mark.parametrize("arguments", commands("pretrain"), ids=" ".join)
+def test_pretrain_commands_resolve(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    if arguments[0] == "--from-yaml":
+        Path(arguments[1]).write_text(YAML.format(**FILES["ijepa-vit-h14"]))
+    asked = [a for a in arguments if a != "--dry-run"]
+    assert main(["pretrain", *asked, "--dry-run"]) == 0
 
 
-def test_evaluate_commands_parse(capsys):
-    """They get as far as the checkpoint, which is not there."""
-    assert len(commands("evaluate")) == 2
-    for arguments in commands("evaluate"):
-        assert main(["evaluate", "absent", *arguments[1:]]) == 2
-        assert "expected a checkpoint" in capsys.readouterr().err
+@pytest.mark.parametrize("kind", ["evaluate", "report", "export"])
+def test_commands_on_runs_parse(kind, tmp_path, monkeypatch, capsys):
+    """They get as far as the run or its images, which are not there."""
+    monkeypatch.chdir(tmp_path)
+    (arguments,) = commands(kind)
+    assert main([kind, *arguments]) == 2
+    assert "expected a " in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_links():

@@ -39,6 +39,8 @@ def workplace(tmp_path, monkeypatch, tmp_path_factory) -> Path:
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "digits").symlink_to(shared)
     monkeypatch.chdir(tmp_path)
+    # Verdicts on these images are nobody else's.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
     return tmp_path
 
 

@@ -24,7 +24,8 @@ def digits_folder(root: Path) -> Path:
     data: Any = load_digits()
     root.parent.mkdir(parents=True, exist_ok=True)
     # Written beside its place and moved there whole: an interruption leaves no half a data set.
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
+    place = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
+    unfinished = place / root.name  # inside, since the place itself is for its owner's eyes only
     try:
         for digit in range(10):
             numbers = np.flatnonzero(data.target == digit)
@@ -37,7 +38,6 @@ def digits_folder(root: Path) -> Path:
                     image = Image.fromarray(pixels).resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)
                     image.save(folder / f"{number:04d}.jpg", quality=95)
         os.replace(unfinished, root)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
     return root

@@ -18,7 +18,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6
 WIDTH = 8.0
 """Inches of a figure: at the page's width its text has the size of the page's."""
 INK, FAINT = "#222222", "#8a8a8a"
-_DPI = 180
+_DPI = 150
 _TEXT = 9.0
 
 

@@ -92,7 +92,7 @@ def mask_section(group: Group) -> Section:
         drawn, batch = _first_masks(config, len(group.images))
         pixels = to_pixels(group.images, config.data.transforms)
         caption = (
-            f"Masks of the first step ({mask_kind(config)}), laid over example images. Context: what the "
+            f"Masks of the first step{_whose(group)} ({mask_kind(config)}), laid over example images. Context: what the "
             f"encoder is given, cut to the shortest of the {batch} contexts of its batch. Targets: the "
             f"{len(drawn.target)} blocks whose features are predicted; they may overlap one another."
         )
@@ -193,7 +193,7 @@ def retrieval_section(group: Group) -> Section | None:
         for name, r in found.items()
     }
     caption = (
-        "From the context (top), the predictor predicts the feature at the framed patch, the middle of a "
+        f"From the context{_whose(group)} (top), the predictor predicts the feature at the framed patch, the middle of a "
         "target block. Below: cosine of this prediction with the target encoder's feature at every patch "
         f"of the image, as a softmax with temperature {_TEMPERATURE:g}; brighter is more alike. Noise is "
         "drawn once, as in training. The most alike patch is the framed one in "
@@ -203,6 +203,11 @@ def retrieval_section(group: Group) -> Section | None:
     grid = group.first.predictor.grid_size
     figure = pictures.draw_retrieval(pixels, masks.context[0], grid, found)
     return Section(title="What a prediction finds", parts=[_picture(figure, "retrieval", caption)])
+
+
+def _whose(group: Group) -> str:
+    """Name the run that the masks are of, where there are several."""
+    return f" of {next(iter(group.runs))}" if len(group.runs) > 1 else ""
 
 
 def _cosines(group: Group, noisy: Mapping[str, Predictor]) -> Picture:
