@@ -36,6 +36,7 @@ def test_collapse_is_told_once_and_health_is_not(digits, capsys):
     config = small(digits)
     objective = build_objective(config, 10)
     monitors = Monitors(config, open_images(digits / "train"), Console(soft_wrap=True), CPU)
+    assert monitors.labelled is not None
     assert len(monitors.watched) == 64 and [len(i) for i in monitors.labelled] == [120, 120]
     healthy = monitors.look(objective)
     assert set(healthy) == {"feature_std", "rankme", "target_variance", "knn"}
