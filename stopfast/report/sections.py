@@ -93,8 +93,9 @@ def mask_section(group: Group) -> Section:
         pixels = to_pixels(group.images, config.data.transforms)
         caption = (
             f"Masks of the first step{_whose(group)} ({mask_kind(config)}), laid over example images. "
-            f"Context: what the encoder is given, cut to the shortest of the {batch} contexts of its batch. "
-            f"Targets: the {len(drawn.target)} blocks whose features are predicted; they may overlap one another."
+            f"Context: what the encoder is given, cut to the shortest of the {batch} contexts of its "
+            f"batch. Targets: the {len(drawn.target)} blocks whose features are predicted; they may overlap "
+            "one another."
         )
         figure = pictures.draw_masks(pixels, drawn, masks.grid)
         parts.append(_picture(figure, "example masks", caption))
@@ -195,8 +196,8 @@ def retrieval_section(group: Group) -> Section | None:
     caption = (
         f"From the context{_whose(group)} (top), the predictor predicts the feature at the framed "
         "patch, the middle of a target block. Below: cosine of this prediction with the target encoder's "
-        f"feature at every patch of the image, as a softmax with temperature {_TEMPERATURE:g}; brighter is more alike. Noise is "
-        "drawn once, as in training. The most alike patch is the framed one in "
+        f"feature at every patch of the image, as a softmax with temperature {_TEMPERATURE:g}; brighter is "
+        "more alike. Noise is drawn once, as in training. The most alike patch is the framed one in "
         f"{_percent(right)} of these {len(group.images)} images."
     )
     pixels = to_pixels(group.images, config.data.transforms)
