@@ -94,8 +94,8 @@ def mask_section(group: Group) -> Section:
         caption = (
             f"Masks of the first step{_whose(group)} ({mask_kind(config)}), laid over example images. "
             f"Context: what the encoder is given, cut to the shortest of the {batch} contexts of its "
-            f"batch. Targets: the {len(drawn.target)} blocks whose features are predicted; they may overlap "
-            "one another."
+            f"batch. Targets: the {len(drawn.target)} blocks whose features are predicted; they may "
+            "overlap one another."
         )
         figure = pictures.draw_masks(pixels, drawn, masks.grid)
         parts.append(_picture(figure, "example masks", caption))
