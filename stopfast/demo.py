@@ -33,7 +33,9 @@ _LEAD = (
 )
 
 
-def demo(output: Path, console: Console, *, device: str = "auto", epochs: int = 14) -> Path | None:
+def demo(
+    output: Path, console: Console, *, device: str = "auto", epochs: int | None = None
+) -> Path | None:
     """Train I-JEPA and StoP on scikit-learn's handwritten digits, evaluate both, and write a report.
 
     The two runs have the settings of the preset ``demo`` but for what their queries are made of, and take
@@ -45,7 +47,7 @@ def demo(output: Path, console: Console, *, device: str = "auto", epochs: int = 
         output: a folder.
         console: where the progress goes.
         device: ``auto``, ``cpu`` or ``cuda``.
-        epochs: of each run; 14 are 266 steps.
+        epochs: of each run; default the preset's, of 266 steps.
 
     Returns:
         The report, or None where training was interrupted (Ctrl-C).
@@ -84,10 +86,11 @@ def demo(output: Path, console: Console, *, device: str = "auto", epochs: int = 
 
 
 def demo_configs(
-    output: Path, digits: Path, *, device: str = "auto", epochs: int = 14
+    output: Path, digits: Path, *, device: str = "auto", epochs: int | None = None
 ) -> dict[str, Config]:
     """Return the settings of the two runs by name: only their queries and their folders differ."""
     base = PRESETS["demo"]()
+    epochs = base.optim.epochs if epochs is None else epochs
     steps = epochs * (len(open_images(split_folder(digits, "train"))) // base.data.batch_size)
     looks = -(-steps // _LOOKS)
     return {

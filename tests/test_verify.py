@@ -36,7 +36,8 @@ def test_passes(precision, tmp_path, capsys):
 
 def test_fifty_steps():
     """Weights, teacher and losses stay within twice eager's own distance from a run in fp64."""
-    config = replace(TINY, optim=replace(TINY.optim, start_lr=1e-3))
+    model = replace(TINY.model, num_heads=1)  # of half as many programs to interpret
+    config = replace(TINY, model=model, optim=replace(TINY.optim, start_lr=1e-3))
     arms = {n: verify._arm(config, n, None, "cpu") for n in ("exact", "eager", "fused")}
     before = verify._weights(arms["exact"])
     losses: dict[str, list] = {name: [] for name in arms}
