@@ -263,7 +263,7 @@ def test_drawn_pictures_need_no_data(runs):
         ({"probes": ["knn", "svm"]}, r"got \['knn', 'svm'\]"),
         ({"seeds": 0}, "seeds >= 1, got 0"),
         ({"data": None}, "expected a folder of images for kNN"),
-        ({"data": "train"}, "train/ and test/"),
+        ({"data": "train"}, "val/ or test/.* got one set of images"),
         ({"runs": []}, "expected checkpoints"),
         ({"runs": ["a", "a"]}, "each checkpoint once"),
         ({"runs": ["a", "c"]}, "one size, center, mean and std"),

@@ -108,8 +108,8 @@ def evaluate_checkpoints(
         checkpoints: folders of checkpoints or of runs (then their newest), by name; without names they
         are
             called after the run's folder.
-        data: folder with ``train`` and ``test`` (or ``val``); None for the probes of drawn images
-        alone.
+        data: folder with ``train`` and ``val`` or ``test``; None for the probes of drawn images
+            alone.
         which: which of the two trained encoders; the published results are the target encoder's.
         probes: which probes, each once.
         seeds: linear probes that are trained, from seed 0.
@@ -128,7 +128,9 @@ def evaluate_checkpoints(
     named = name_checkpoints(checkpoints)
     where = choose_device(device)
     wanted = _OF_IMAGES & set(probes)
-    splits = open_splits(data) if wanted else None
+    if wanted and data is None:
+        raise ValueError("expected a folder of images for kNN, linear and logistic, got none")
+    splits = open_splits(data) if wanted and data is not None else None
     runs = {name: load_trained(path) for name, path in named.items()}
     transforms = common_transforms(runs)
     rows = build_rows(runs, which, where, extraction.precision)

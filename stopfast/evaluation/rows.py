@@ -15,6 +15,8 @@ from stopfast.evaluation.features import EncoderFeatures, PixelFeatures, Precisi
 from stopfast.trained import TrainedRun, Which
 
 _PIXELS, _UNTRAINED = "raw pixels", "untrained"
+_ASKED = ("val", "test")
+"""In this order: the ``test/`` of ImageNet's layout has no labels."""
 
 
 class Rows(NamedTuple):
@@ -25,6 +27,12 @@ class Rows(NamedTuple):
     """What the features of each depend on, for the cache."""
     pairs: list[tuple[str, str]]
     """Which are compared."""
+
+
+class _Found(NamedTuple):
+    splits: tuple[Images, Images] | None
+    instead: str
+    """What there is where there are no two such splits."""
 
 
 def name_checkpoints(checkpoints: Sequence[Path] | Mapping[str, Path]) -> dict[str, Path]:
@@ -52,27 +60,33 @@ def name_checkpoints(checkpoints: Sequence[Path] | Mapping[str, Path]) -> dict[s
     return named
 
 
-def open_splits(data: Path | None) -> tuple[Images, Images]:
-    """Return the training and test images of a folder.
+def labelled_splits(root: Path) -> tuple[Images, Images] | None:
+    """Return the training images, and those of the first of ``val`` and ``test`` that has their classes.
+
+    Each a folder below ``root`` or a tar, as :func:`stopfast.data.images.split_folder` finds them.
+
+    Returns:
+        None where there are no two such splits with at least two classes.
 
     Raises:
-        ValueError: no folder, one set of images only, one class only, or other classes in the other
-        split.
+        ValueError: ``root`` is not there, or its training images cannot be listed.
     """
-    if data is None:
-        raise ValueError("expected a folder of images for kNN, linear and logistic, got none")
-    folders = split_folder(data, "train"), split_folder(data, "test", "val")
-    if folders[0] == folders[1]:
+    return _find_splits(root).splits
+
+
+def open_splits(root: Path) -> tuple[Images, Images]:
+    """Return :func:`labelled_splits`.
+
+    Raises:
+        ValueError: as there, or there are none.
+    """
+    splits, instead = _find_splits(root)
+    if splits is None:
         raise ValueError(
-            f"expected {data} with train/ and test/ (or val/), found one set of images"
+            f"expected {root} with train/ of at least two classes, and val/ or test/ of the same "
+            f"classes, got {instead}"
         )
-    train, test = map(open_images, folders)
-    if train.classes != test.classes or len(train.classes) < 2:
-        raise ValueError(
-            f"expected the same classes, at least two, in both splits of {data}, "
-            f"got {train.classes} and {test.classes}"
-        )
-    return train, test
+    return splits
 
 
 def common_transforms(runs: Mapping[str, TrainedRun]) -> Transforms:
@@ -136,3 +150,30 @@ def _equal(one: VisionTransformer, other: VisionTransformer) -> bool:
         and one.num_heads == other.num_heads
         and all(torch.equal(value, theirs[key]) for key, value in mine.items())
     )
+
+
+def _find_splits(root: Path) -> _Found:
+    folder = split_folder(root, "train")
+    others = [other for name in _ASKED if (other := split_folder(root, name)) != root]
+    if folder == root or not others:
+        return _Found(None, "one set of images")
+    train = open_images(folder)
+    if len(train.classes) < 2:
+        return _Found(None, f"{_told(train)} in {folder}")
+    instead = [f"{_told(train)} in {folder}"]
+    for other in others:
+        try:
+            images = open_images(other)
+        except ValueError as error:  # an empty one, say: the next may do
+            instead.append(f"nothing in {other} ({error})")
+            continue
+        if images.classes == train.classes:
+            return _Found((train, images), "")
+        instead.append(f"{_told(images)} in {other}")
+    return _Found(None, ", ".join(instead))
+
+
+def _told(images: Images) -> str:
+    """How many classes there are, and which come first."""
+    shown = ", ".join(images.classes[:3]) + (", ..." if len(images.classes) > 3 else "")
+    return f"{len(images.classes):,} classes ({shown})"
