@@ -95,6 +95,18 @@ def build_masks(config: Config) -> MultiBlockMasks:
     )
 
 
+def check_settings(config: Config) -> None:
+    """Refuse settings that no images could make work, without their memory or their initialisation.
+
+    Raises:
+        ValueError: sizes that do not fit, masks that cannot be drawn, or operations that are not there.
+    """
+    build_masks(config)
+    with torch.device("meta"):
+        build_encoder(config)
+        build_predictor(config)
+
+
 def build_objective(config: Config, steps_per_epoch: int) -> Jepa:
     """Return the objective of these settings, its weights drawn from the run's seed."""
     model, optim = config.model, config.optim

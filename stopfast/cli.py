@@ -125,7 +125,7 @@ class VerifyArguments:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; return 0, 1 where a verification fails, 2 after a line on what was wrong."""
+    """Run a command; return 0, 1 if a verification fails, 2 after a line on what was wrong, 130 if cut."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     commands = {
         "demo": _demo,
@@ -145,6 +145,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, RuntimeError, FloatingPointError, OSError) as error:
         print(f"stopfast: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopfast: interrupted", file=sys.stderr)
+        return 130
 
 
 def _console() -> Console:

@@ -242,7 +242,7 @@ class RunConfig:
     checkpoint_every: int = 1000
     """Steps between two checkpoints; the newest two are kept."""
     resume: bool = False
-    """Go on from the newest checkpoint in ``output``."""
+    """Go on from the newest checkpoint in ``output``, where there is one."""
     dry_run: Annotated[bool, tyro.conf.arg(prefix_name=False)] = False
     """Print the resolved settings and stop."""
     tensorboard: bool = False

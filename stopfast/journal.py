@@ -6,7 +6,8 @@ make the host wait for every step.
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ from torch import Tensor
 from stopfast.config import Config, to_document
 
 STEPS, LOOKS, LINES = "log.csv", "monitors.csv", "log.jsonl"
+_LOOKED_AT = ("step", "feature_std", "rankme", "target_variance", "knn")
 
 
 class Sink(Protocol):
@@ -45,7 +47,7 @@ class Journal:
     """
 
     def __init__(self, folder: Path, done: int, sinks: Sequence[Sink] = ()) -> None:
-        self.folder, self.sinks = folder, sinks
+        self.folder, self.sinks = folder, list(sinks)
         self._held: list[tuple[dict[str, Any], Tensor]] = []
         for name in (STEPS, LOOKS):
             _cut(folder / name, done, lambda line: line.partition(",")[0])
@@ -62,32 +64,41 @@ class Journal:
         losses = torch.stack([loss for _, loss in self._held]).tolist()
         rows = [{**row, "loss": loss} for (row, _), loss in zip(self._held, losses, strict=True)]
         self._held.clear()
-        self._write(STEPS, rows)
+        self._write(STEPS, list(rows[0]), rows)
         return losses
 
     def look(self, row: Mapping[str, float]) -> None:
         """Write what the monitors saw, ``step`` first."""
-        self._write(LOOKS, [row])
+        self._write(LOOKS, _LOOKED_AT, [row])
 
     def close(self) -> None:
         """Write what is held, and close the sinks."""
         self.flush()
-        for sink in self.sinks:
-            sink.close()
+        self._sinks(lambda sink: sink.close())
 
-    def _write(self, name: str, rows: Sequence[Mapping[str, float]]) -> None:
-        path = self.folder / name
-        new = not path.exists()
-        with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            if new:
+    def _write(
+        self, name: str, columns: Sequence[str], rows: Sequence[Mapping[str, float]]
+    ) -> None:
+        with (self.folder / name).open("a", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            if file.tell() == 0:
                 writer.writeheader()
             writer.writerows(rows)
         with (self.folder / LINES).open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         for row in rows:
-            for sink in self.sinks:
-                sink.write(int(row["step"]), {k: v for k, v in row.items() if k != "step"})
+            rest = {k: v for k, v in row.items() if k != "step"}
+            self._sinks(lambda sink, row=row, rest=rest: sink.write(int(row["step"]), rest))
+
+    def _sinks(self, act: Callable[[Sink], None]) -> None:
+        """Act on each sink; one that fails is given up, since none is worth a run."""
+        for sink in list(self.sinks):
+            try:
+                act(sink)
+            except Exception as error:
+                self.sinks.remove(sink)
+                told = f"{type(sink).__name__.strip('_')} fails and gets no more rows: {error}"
+                warnings.warn(told, RuntimeWarning, stacklevel=2)
 
 
 def _cut(path: Path, done: int, step_of: Any) -> None:  # noqa: ANN401
@@ -130,7 +141,7 @@ class _WeightsAndBiases:
             dir=str(folder),
             name=folder.name,
             id=resumed,
-            resume="allow",
+            resume="allow",  # its rows of steps that come again stay: they are the same
             config=to_document(config),
         )
         name.write_text(self.run.id)

@@ -6,13 +6,18 @@ from rich.console import Console
 from torch import Tensor
 
 from stopfast.config import Config
-from stopfast.data.images import Images, open_images, split_folder
+from stopfast.data.images import Images
 from stopfast.data.loader import eval_batches
+from stopfast.data.scan import usable_images
 from stopfast.evaluation.online import feature_std, knn_accuracy, rankme, target_variance
+from stopfast.evaluation.rows import labelled_splits
 from stopfast.objectives import Objective
+from stopfast.step import autocast
 
 _LEAST_VARIANCE = 0.01
 """Of target features over images and patches; their variance over channels is 1."""
+_VARIANCE_IMAGES = 64
+"""Images whose patches are compared: of a large model, all patches of more would take gigabytes."""
 _LEAST_STD = 0.002
 """Of the images' features, where 1 is the most."""
 
@@ -39,7 +44,7 @@ class Monitors:
     ) -> None:
         self.config, self.console, self.device = config, console, device
         self.watched = images.subset(_spread(len(images), config.monitor.images))
-        self.labelled = _labelled(config)
+        self.labelled = _labelled(config, console) if config.monitor.every else None
         self.warned = False
 
     def due(self, step: int, last_step: int) -> bool:
@@ -49,8 +54,7 @@ class Monitors:
 
     def look(self, objective: Objective) -> dict[str, float]:
         """Return ``feature_std``, ``rankme``, ``target_variance`` and, with labels, ``knn`` (a share)."""
-        tokens = self._tokens(objective, self.watched)
-        pooled = tokens.mean(1)
+        pooled, tokens = self._features(objective, self.watched, _VARIANCE_IMAGES)
         seen = {
             "feature_std": feature_std(pooled),
             "rankme": rankme(pooled),
@@ -61,9 +65,9 @@ class Monitors:
         if self.labelled is not None:
             train, test = self.labelled
             seen["knn"] = knn_accuracy(
-                self._tokens(objective, train).mean(1),
+                self._features(objective, train)[0],
                 torch.tensor(train.labels),
-                self._tokens(objective, test).mean(1),
+                self._features(objective, test)[0],
                 torch.tensor(test.labels),
             )
         if seen["target_variance"] < _LEAST_VARIANCE or seen["feature_std"] < _LEAST_STD:
@@ -71,16 +75,28 @@ class Monitors:
         return seen
 
     @torch.inference_mode()
-    def _tokens(self, objective: Objective, images: Images) -> Tensor:
-        """Patch features fp32 [images, N, D] on the CPU."""
+    def _features(
+        self, objective: Objective, images: Images, kept: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Means over patches fp32 [images, D], and the first images' patches [kept, N, D], on the CPU."""
+        step = self.config.step
         batches = eval_batches(
             images,
             self.config.data.transforms,
-            batch_size=min(256, len(images)),
+            # What fits in training fits here.
+            batch_size=min(len(images), 256, self.config.data.batch_size // step.accumulate),
             device=self.device,
             data=self.config.data,
         )
-        return torch.cat([objective.features(batch.images).float().cpu() for batch in batches])
+        pooled, tokens = [], []
+        for batch in batches:
+            with autocast(self.device, step.precision):
+                features = objective.features(batch.images).float()
+            pooled.append(features.mean(1).cpu())
+            if kept > 0:
+                tokens.append(features[:kept].cpu())
+                kept -= len(tokens[-1])
+        return torch.cat(pooled), torch.cat(tokens) if tokens else torch.empty(0)
 
     def _warn(self, seen: dict[str, float]) -> None:
         if self.warned:
@@ -94,22 +110,24 @@ class Monitors:
         )
 
 
-def _labelled(config: Config) -> tuple[Images, Images] | None:
+def _labelled(config: Config, console: Console) -> tuple[Images, Images] | None:
     """The two labelled sets, or None where nobody asked and there are none."""
     root = config.monitor.labelled or config.data.root
     if root is None:
         return None
-    folders = split_folder(root, "train"), split_folder(root, "test", "val")
-    if folders[0] != folders[1]:
-        train, test = map(open_images, folders)
-        if train.classes == test.classes and len(train.classes) > 1:
-            few = config.monitor.labelled_images
-            return train.subset(_spread(len(train), few)), test.subset(_spread(len(test), few))
-    if config.monitor.labelled is not None:
+    splits = labelled_splits(root)
+    if splits is None:
+        if config.monitor.labelled is None:
+            return None
         raise ValueError(
-            f"expected train/ and test/ (or val/) of the same two classes or more in {root}"
+            f"expected train/ and val/ (or test/) of the same two classes or more in {root}"
         )
-    return None
+    few = config.monitor.labelled_images
+    train, test = (images.subset(_spread(len(images), few)) for images in splits)
+    # Broken ones are told here, not in the middle of the run.
+    return usable_images(train, config.data, console=console), usable_images(
+        test, config.data, console=console
+    )
 
 
 def _spread(count: int, wanted: int) -> np.ndarray:

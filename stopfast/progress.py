@@ -53,6 +53,7 @@ class Meter:
     def reset(self) -> None:
         """Begin a new stretch."""
         self._begin, self._waited, self._steps = time.perf_counter(), 0.0, 0
+        self._elsewhere = 0.0
         self._idle: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
@@ -66,6 +67,14 @@ class Meter:
         else:
             self._waited += time.perf_counter() - begin
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time inside out: neither waiting for data nor training."""
+        begin = time.perf_counter()
+        yield
+        self._elsewhere += time.perf_counter() - begin
+        self._finished = None  # the stream's idle time would have all of this in it
+
     def count(self) -> None:
         """Count a step as done."""
         self._steps += 1
@@ -74,7 +83,7 @@ class Meter:
 
     def report(self) -> Timing:
         """Return the stretch since the last report; on a GPU the caller has waited for its last step."""
-        passed = time.perf_counter() - self._begin
+        passed = time.perf_counter() - self._begin - self._elsewhere
         waited = self._waited
         waited += sum(begin.elapsed_time(end) for begin, end in self._idle) / 1000
         timing = Timing(

@@ -13,6 +13,12 @@ Precision = Literal["fp32", "bf16", "fp16"]
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    """Return the context that computes in a precision; fp32 is none."""
+    dtype = _AUTOCAST.get(precision)
+    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+
+
 class StepResult(NamedTuple):
     """What a step leaves; the loss stays on the device until somebody reads it."""
 
@@ -57,7 +63,7 @@ class TrainStep:
         self.recipe = objective.optimizer_recipe()
         self.optimizer = build_optimizer(self.recipe, objective.teacher_pairs(), optimizer, ops)
         self.accumulate = accumulate
-        self.autocast = _AUTOCAST.get(precision)
+        self.precision: Precision = precision
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")  # type: ignore[attr-defined]
         self.skipped = 0
 
@@ -77,9 +83,7 @@ class TrainStep:
         for start in range(0, size, micro):
             part = slice(start, start + micro)
             draws = self.objective.draws(step, size, part)
-            with torch.autocast(
-                self.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None
-            ):
+            with autocast(self.device, self.precision):
                 loss = self.objective.loss(images[part], draws)
             share = loss / self.accumulate
             self.scaler.scale(share).backward()

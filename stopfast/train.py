@@ -3,13 +3,14 @@
 import math
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 
-from stopfast.build import build_objective, build_step, choose_device
+from stopfast.build import build_objective, build_step, check_settings, choose_device
 from stopfast.checkpoint import step_checkpoints
 from stopfast.config import Config
 from stopfast.data.digits import digits_folder
@@ -21,12 +22,12 @@ from stopfast.monitors import Monitors
 from stopfast.objectives.jepa import Jepa
 from stopfast.progress import Meter, StopRequest, memory_in_use, progress_bar, stop_request
 from stopfast.run_state import DataState, load_run, save_run
-from stopfast.step import TrainStep
+from stopfast.step import StepResult, TrainStep
 
 
-@dataclass(frozen=True)
+@dataclass(kw_only=True)
 class _Run:
-    """The parts of a run that has begun."""
+    """The parts of a run that has begun, and how far it is."""
 
     config: Config
     console: Console
@@ -36,73 +37,71 @@ class _Run:
     data: DataState
     objective: Jepa
     step: TrainStep
+    done: int = 0
+    """Steps that the weights have taken."""
+    updating: bool = False
+    """In the middle of a step, of which an update may be cut in two."""
 
     @property
     def last_step(self) -> int:
         return self.config.optim.epochs * self.plan.steps_per_epoch
 
-    def save(self, done: int) -> Path:
-        return save_run(self.output, self.config, self.objective, self.step, self.data, done)
+    def save(self) -> Path:
+        return save_run(self.output, self.config, self.objective, self.step, self.data, self.done)
+
+    def tell(self, text: str) -> None:
+        epoch = self.done / self.plan.steps_per_epoch
+        self.console.print(f"step {self.done}/{self.last_step}, epoch {epoch:.2f}: {text}")
 
 
 def pretrain(config: Config, console: Console) -> Path:
     """Train to the end, or to an interruption; return the folder of the last checkpoint.
 
     SIGINT (Ctrl-C) and SIGTERM end the run after the step in progress, with a checkpoint;
-    ``run.resume`` goes on from it. A run that is finished is left as it is. The record
-    beside the checkpoints is described in :class:`stopfast.journal.Journal`.
+    ``run.resume`` goes on from it. A run that is finished is left as it is. The record beside the
+    checkpoints is described in :class:`stopfast.journal.Journal`.
 
     Raises:
-        ValueError: settings or data that cannot be trained on; nothing is written then.
+        ValueError: settings or data that cannot be trained on, or a folder of another run; nothing is
+            written then, but for the demo's own images.
         FloatingPointError: loss or weights are no longer finite; the last checkpoint stays.
     """
     run = _begin(config, console)
-    config, done = run.config, 0
-    if config.run.resume or step_checkpoints(run.output):
-        path, done = load_run(run.output, config, run.objective, run.step, run.data)
-        if done >= run.last_step:
-            console.print(f"finished before: {path}")
-            return path
-        if not config.run.resume:
-            raise ValueError(
-                f"expected a new folder for the run, got {run.output}, which holds {done} of "
-                f"{run.last_step} steps; go on with --run.resume, or choose another --run.output"
+    with _alone(run.output):
+        if step_checkpoints(run.output):
+            path, run.done = load_run(run.output, run.config, run.objective, run.step, run.data)
+            if run.done >= run.last_step:
+                console.print(f"finished before: {path}")
+                return path
+            if not config.run.resume:
+                raise ValueError(
+                    f"expected a new folder for the run, got {run.output}, which holds {run.done} of "
+                    f"{run.last_step} steps; go on with --run.resume, or choose another --run.output"
+                )
+        elif config.run.resume:
+            console.print(
+                f"no checkpoint in {run.output} to go on from: beginning at the first step"
             )
-    monitors = Monitors(config, run.images, console, run.step.device)
-    console.print(
-        f"{len(run.images):,} images of {len(run.images.classes)} classes decoded by {run.data.loader}, "
-        f"{run.plan.steps_per_epoch} steps an epoch, {run.last_step} steps, {config.noise.variant} on "
-        f"{run.step.device}, {config.step.precision}, ops {run.objective.ops.name}"
-    )
-    run.output.mkdir(parents=True, exist_ok=True)
-    journal = Journal(run.output, done, open_sinks(config, run.output, done))
-    begun = done
-    try:
-        with stop_request() as request:
-            for number in _steps(run, monitors, journal, done + 1, request):
-                done = number
-                if done % config.run.checkpoint_every == 0 and done < run.last_step:
-                    journal.flush()
-                    run.save(done)
-    except (ValueError, OSError):
-        # What unreadable data raise, between two steps: the weights are those of the last one. Any
-        # other failure may have come in the middle of an update, so it leaves no checkpoint.
-        if done > begun:
-            journal.flush()
-            console.print(f"checkpoint: {run.save(done)}")
-        raise
-    finally:
-        journal.close()
-    path = run.save(done)
+        monitors = Monitors(run.config, run.images, console, run.step.device)
+        console.print(
+            f"{len(run.images):,} images of {len(run.images.classes)} classes decoded by "
+            f"{run.data.loader}, {run.plan.steps_per_epoch} steps an epoch, {run.last_step} steps, "
+            f"{config.noise.variant} on {run.step.device}, {config.step.precision}, "
+            f"ops {run.objective.ops.name}"
+        )
+        journal = Journal(run.output, run.done, open_sinks(run.config, run.output, run.done))
+        with closing(journal), stop_request() as request:
+            path = _train(run, monitors, journal, request)
     console.print(f"checkpoint: {path}")
     return path
 
 
 def _begin(config: Config, console: Console) -> _Run:
-    """Build everything, and write nothing."""
+    """Build everything; what is wrong with the settings alone is found before the images are looked at."""
     require_sinks(config)
     device = choose_device(config.run.device)
     loader = resolve_loader(config.data.loader)
+    check_settings(config)
     config = with_data(config)
     images = usable_images(training_images(config), config.data, console=console)
     plan = TrainPlan(len(images), config.data.batch_size, config.data.transforms, config.run.seed)
@@ -144,64 +143,106 @@ def training_images(config: Config) -> Images:
     return open_images(split_folder(root, "train"))
 
 
-def _steps(
-    run: _Run, monitors: Monitors, journal: Journal, first_step: int, request: StopRequest
-) -> Iterator[int]:
-    """Take the steps, tell as they go, and yield the number of each that is done."""
-    step, per_epoch = run.step, run.plan.steps_per_epoch
+@contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """Hold the run's folder; one that was made for nothing is taken away again.
+
+    Raises:
+        ValueError: another process trains there.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / ".lock"
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f"expected a folder of this run's own, got {output}, where another process trains"
+        ) from None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release()
+        if not any(output.iterdir()):
+            output.rmdir()
+
+
+def _train(run: _Run, monitors: Monitors, journal: Journal, request: StopRequest) -> Path:
+    """Take the steps that are left and save; where something ends them early, save what is whole."""
+    begun = run.done
+    try:
+        _steps(run, monitors, journal, request)
+        return run.save()
+    except FloatingPointError:
+        raise
+    except Exception:
+        # Between two steps the weights are whole, whatever went wrong; inside one they may not be.
+        if run.done > begun and not run.updating:
+            try:
+                journal.flush()
+                run.console.print(f"checkpoint: {run.save()}")
+            except Exception as second:
+                run.console.print(f"no checkpoint could be written: {second}")
+        raise
+
+
+def _steps(run: _Run, monitors: Monitors, journal: Journal, request: StopRequest) -> None:
+    """Take steps, tell, write, look and save, until the last one or a request to stop."""
+    settings = run.config.run
     batches = train_batches(
         run.images,
         run.plan,
-        first_step=first_step,
+        first_step=run.done + 1,
         last_step=run.last_step,
-        device=step.device,
+        device=run.step.device,
         data=run.config.data,
     )
-    meter = Meter(run.config.data.batch_size, step.device)
+    meter = Meter(run.config.data.batch_size, run.step.device)
     with closing(batches), progress_bar(run.console) as bar:
-        task = bar.add_task("first step", total=run.last_step, completed=first_step - 1)
-        for number in range(first_step, run.last_step + 1):
+        task = bar.add_task("first step", total=run.last_step, completed=run.done)
+        while run.done < run.last_step:
             begin = time.perf_counter()
             with meter.waiting():
                 batch = next(batches)
             waited = time.perf_counter() - begin
-            result = step(batch.images, number)
+            run.updating = True
+            result = run.step(batch.images, run.done + 1)
+            run.done, run.updating = run.done + 1, False
             meter.count()
-            bar.update(task, completed=number)
-            journal.step(
-                {
-                    "step": number,
-                    "epoch": number / per_epoch,
-                    **result.scalars,
-                    "seconds": time.perf_counter() - begin,
-                    "waited": waited,
-                },
-                result.loss,
-            )
-            stopping = request.received is not None
-            if number % run.config.run.log_every == 0 or number == run.last_step or stopping:
-                loss = _finite(journal.flush(), number)  # the one place that waits for the device
+            bar.update(task, completed=run.done)
+            _record(run, journal, result, time.perf_counter() - begin, waited)
+            stop, last = request.received, run.done == run.last_step
+            if run.done % settings.log_every == 0 or last or stop:
+                loss = _finite(journal.flush(), run.done)
                 timing = meter.report()
-                told = (
-                    f"loss {loss:.4f}, lr {result.scalars['lr']:.2e}, "
-                    f"{timing.describe(run.last_step - number)}, {memory_in_use(step.device)}"
-                )
-                skipped = f", {step.skipped} steps skipped" if step.skipped else ""
                 bar.update(task, description=f"loss {loss:.4f}")
-                run.console.print(
-                    f"step {number}/{run.last_step}, epoch {number / per_epoch:.2f}: {told}{skipped}"
+                skipped = f", {run.step.skipped} steps skipped" if run.step.skipped else ""
+                run.tell(
+                    f"loss {loss:.4f}, lr {result.scalars['lr']:.2e}, "
+                    f"{timing.describe(run.last_step - run.done)}, "
+                    f"{memory_in_use(run.step.device)}{skipped}"
                 )
-            if monitors.due(number, run.last_step):
-                _finite(journal.flush(), number)
-                seen = monitors.look(run.objective)
-                journal.look({"step": number, **seen})
-                told = ", ".join(f"{name} {value:.3f}" for name, value in seen.items())
-                run.console.print(f"step {number}/{run.last_step}: {told}")
-                meter.reset()
-            yield number
-            if request.received is not None and stopping:
-                run.console.print(f"stopped by {request.received.name}; --run.resume goes on")
+            look = monitors.due(run.done, run.last_step) and not stop
+            save = run.done % settings.checkpoint_every == 0 and not last
+            if look or save:
+                with meter.paused():
+                    _finite(journal.flush(), run.done)
+                    if look:
+                        seen = monitors.look(run.objective)
+                        journal.look({"step": run.done, **seen})
+                        run.tell(", ".join(f"{name} {value:.3f}" for name, value in seen.items()))
+                    if save:
+                        run.save()
+            if stop:
+                run.console.print(f"stopped by {stop.name}; --run.resume goes on")
                 return
+
+
+def _record(run: _Run, journal: Journal, result: StepResult, seconds: float, waited: float) -> None:
+    epoch = run.done / run.plan.steps_per_epoch
+    row = {"step": run.done, "epoch": epoch, **result.scalars, "seconds": seconds, "waited": waited}
+    journal.step(row, result.loss)
 
 
 def _finite(losses: list[float], last: int) -> float:

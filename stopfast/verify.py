@@ -23,7 +23,7 @@ from stopfast.config import Config, from_document
 from stopfast.objectives.jepa import Jepa
 from stopfast.presets import PRESETS
 from stopfast.published_yaml import from_yaml
-from stopfast.step import Precision, TrainStep
+from stopfast.step import Precision, TrainStep, autocast
 
 _RESULTS, _GRADIENTS = 2.0, 3.0
 _STEPS = 3  # optimiser steps after which weights are compared
@@ -189,8 +189,7 @@ def _forward_backward(arm: _Arm, images: Tensor) -> dict[str, Tensor]:
     objective, step = arm.objective, arm.step
     draws = objective.draws(1, len(images), slice(0, len(images)))
     context, target = draws.masks
-    enabled = step.autocast is not None
-    with torch.autocast(step.device.type, step.autocast or torch.bfloat16, enabled=enabled):
+    with autocast(step.device, step.precision):
         images = images.to(arm.dtype)
         features = objective.encoder(images, context)
         predictions = objective.predictor(

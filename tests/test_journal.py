@@ -2,8 +2,10 @@
 
 import csv
 import json
+import sys
 from dataclasses import replace
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -62,6 +64,46 @@ def test_other_loggers(tmp_path, monkeypatch):
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 1.0), (2, 4.0)]
     assert [(e.step, e.value) for e in events.Scalars("rankme")] == [(2, 7.5)]
     assert not open_sinks(CONFIG, tmp_path, 0)
+    resumed = Journal(tmp_path, 1, open_sinks(asked, tmp_path, 1))
+    write(resumed, [2])
+    resumed.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [e.step for e in events.Scalars("loss")] == [1, 2]
+
+
+def test_wandb(tmp_path, monkeypatch):
+    """What the library is told, by a stand-in of its name; a resumed run is the same one there."""
+    told: list = []
+
+    class Run:
+        id = "abc"
+        log = staticmethod(lambda row, step: told.append((step, row)))
+        finish = staticmethod(lambda: told.append("finished"))
+
+    def init(**settings):
+        told.append(settings)
+        return Run
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    asked = replace(CONFIG, run=replace(CONFIG.run, wandb="project"))
+    require_sinks(asked)
+    for done in (0, 1):
+        journal = Journal(tmp_path, done, open_sinks(asked, tmp_path, done))
+        write(journal, [done + 1])
+        journal.close()
+    first, row, end, second, *_ = told
+    assert row == (1, {"lr": 0.1, "loss": 1.0}) and end == "finished"
+    assert (first["project"], first["id"], second["id"]) == ("project", None, "abc")
+
+
+def test_looks_keep_their_columns(tmp_path):
+    """Labels may come with a resume; and a file that a kill left empty gets its header."""
+    (tmp_path / "monitors.csv").touch()
+    journal = Journal(tmp_path, 0)
+    journal.look({"step": 1, "rankme": 2.0})
+    journal.look({"step": 2, "rankme": 3.0, "knn": 0.5})
+    header, *rows = csv.reader((tmp_path / "monitors.csv").open(newline=""))
+    assert [dict(zip(header, row, strict=True))["knn"] for row in rows] == ["", "0.5"]
 
 
 @pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed")

@@ -83,5 +83,47 @@ def test_waiting_and_computing(waits, computes, share):
     timing = meter.report()
     assert timing.waiting == pytest.approx(share, abs=0.1)
     assert timing.images_per_second == pytest.approx(8 / (waits + computes), rel=0.2)
+    with meter.waiting():
+        pass
+    with meter.paused():
+        time.sleep(0.1)
+    time.sleep(0.01)
+    meter.count()
+    assert meter.report().seconds_per_step < 0.05
     told = timing.describe(100)
     assert f"{100 * timing.waiting:.0f} % waiting for data" in told and "0:00:0" in told
+
+
+def test_waiting_on_a_gpu_is_idleness_of_its_stream(monkeypatch):
+    """A stream's clock in place of a GPU's: it works on while the host waits."""
+    clock = {"host": 0.0, "stream": 0.0}
+
+    class Event:
+        def __init__(self):
+            clock["stream"] = max(clock["stream"], clock["host"])
+            self.at = clock["stream"]
+
+        def elapsed_time(self, end):
+            return 1000 * (end.at - self.at)
+
+    monkeypatch.setattr(Meter, "_event", staticmethod(Event))
+    monkeypatch.setattr(time, "perf_counter", lambda: clock["host"])
+
+    def steps(meter, waits, works, pause=0.0):
+        for _ in range(10):
+            with meter.waiting():
+                clock["host"] += waits
+            clock["stream"] = max(clock["stream"], clock["host"]) + works
+            meter.count()
+            if pause:
+                with meter.paused():
+                    clock["host"] = max(clock.values()) + pause
+        clock["host"] = max(clock["host"], clock["stream"])
+        return meter.report()
+
+    hidden = steps(Meter(8, torch.device("cuda")), waits=0.5, works=1.0)
+    assert hidden.waiting == pytest.approx(0, abs=0.05)  # the device never lay idle
+    shown = steps(Meter(8, torch.device("cuda")), waits=3.0, works=1.0)
+    assert shown.waiting == pytest.approx(2 / 3, abs=0.1)
+    paused = steps(Meter(8, torch.device("cuda")), waits=0.5, works=1.0, pause=100.0)
+    assert 0 <= paused.waiting < 0.4 and paused.seconds_per_step < 2

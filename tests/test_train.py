@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from stopfast.checkpoint import load_checkpoint, newest_checkpoint
 from stopfast.cli import main
@@ -141,6 +142,12 @@ def test_resume_refuses_other_data(workplace, monkeypatch, capsys):
     assert main([*arguments, "second", "--run.resume"]) == 0
 
 
+def test_too_few_images(workplace, capsys):
+    assert main(["pretrain", "demo", "--data.batch-size", "5000"]) == 2
+    assert "at least one batch of 5000" in capsys.readouterr().err
+    assert not Path("runs/demo").exists()
+
+
 def test_one_broken_image(workplace, capsys):
     """It is named before anything is trained, and may be left out."""
     shutil.copytree(workplace / "runs" / "digits" / "train", workplace / "images")
@@ -151,7 +158,11 @@ def test_one_broken_image(workplace, capsys):
     error = capsys.readouterr().err
     assert f"3/{cut.name}" in error and "--data.broken skip" in error
     assert not Path("runs/one").exists()
-    assert main([*arguments, "--data.broken", "skip"]) == 0
+    labelled = ["--monitor.every", "7", "--monitor.labelled", "both"]
+    Path("both").mkdir()
+    for split in ("train", "test"):
+        (Path("both") / split).symlink_to(workplace / "images")
+    assert main([*arguments, *labelled, "--data.broken", "skip"]) == 0
     out = capsys.readouterr().out
     assert f"3/{cut.name}" in out and "1,257 images" in out
 
@@ -232,17 +243,60 @@ def test_lost_loss_leaves_no_checkpoint(workplace, capsys):
     assert not list(Path("runs").glob("demo/step-*"))
 
 
-@pytest.mark.parametrize(("failure", "kept"), [(OSError, True), (RuntimeError, False)])
-def test_failure(failure, kept, workplace, monkeypatch, capsys):
-    """Unreadable data leave a checkpoint of what was done; what may have cut an update in two, none."""
+@pytest.mark.parametrize(
+    ("where", "steps"),
+    [
+        ("stopfast.step.TrainStep.__call__", None),  # may have cut an update in two
+        ("stopfast.monitors.Monitors.look", 7),
+        ("stopfast.train.train_batches", None),
+        ("stopfast.train.memory_in_use", 5),
+        ("stopfast.train.save_run", None),  # nothing could be saved; the next run begins anew
+    ],
+)
+@pytest.mark.parametrize("failure", [OSError, RuntimeError])
+def test_failure(where, steps, failure, workplace, monkeypatch, capsys):
+    """What fails between two steps leaves a checkpoint of those done, under their number."""
+    arguments = ["pretrain", "demo", *SHORT, "--monitor.every", "7", "--data.loader", "pil"]
 
-    def fail() -> None:
+    def fail(*_, **__):
         raise failure("disk on fire")
 
-    stop_at(monkeypatch, 6, fail)
-    assert main(["pretrain", "demo", *SHORT]) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(where, fail)
+        assert main(arguments) == 2
     assert "disk on fire" in capsys.readouterr().err
-    assert [p.name for p in Path("runs").glob("demo/step-*")] == ["step-0000005"] * kept
+    names = [p.name for p in Path("runs").glob("demo/step-*")]
+    assert names == ([] if steps is None else [f"step-{steps:07d}"])
+    if steps == 7:
+        assert main([*arguments, "--run.resume"]) == 0
+        assert main([*arguments, "--run.output", "runs/whole"]) == 0
+        whole, parts = final_state("runs/whole"), final_state("runs/demo")
+        assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+        assert losses("runs/demo") == losses("runs/whole")
+
+
+def test_failing_logger_costs_no_run(workplace, monkeypatch):
+    class Failing:
+        def write(self, step, row):
+            raise RuntimeError("no network")
+
+        def close(self):
+            raise RuntimeError("no network")
+
+    monkeypatch.setattr("stopfast.train.open_sinks", lambda *_: [Failing()])
+    with pytest.warns(RuntimeWarning, match="Failing fails.*no network") as told:
+        assert main(["pretrain", "demo", *SHORT]) == 0
+    assert len([w for w in told if "no network" in str(w.message)]) == 1
+    assert newest_checkpoint(Path("runs/demo")).name == "step-0000019"
+
+
+def test_one_process_a_run(workplace, capsys):
+    Path("runs/demo").mkdir()
+    with FileLock(Path("runs/demo/.lock")):
+        assert main(["pretrain", "demo", *SHORT]) == 2
+    assert "another process trains" in capsys.readouterr().err
+    assert main(["pretrain", "demo", *SHORT, "--run.resume"]) == 0
+    assert "no checkpoint in" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("preset", list(PRESETS))
@@ -257,7 +311,6 @@ def test_dry_run_prints_the_settings(preset, workplace, capsys):
     [
         (["pretrain", "cifar10"], "--data.root"),
         (["pretrain", "cifar10", "--data.root", "absent"], "absent, which is not there"),
-        (["pretrain", "demo", "--data.batch-size", "5000"], "at least one batch of 5000"),
         (["pretrain", "demo", "--optim.epochs", "0"], "epochs"),
         (["pretrain", "demo", "--step.accumulate", "3"], "accumulate=3"),
         (["pretrain", "demo", "--mask.min-keep", "60"], "min_keep=60"),
@@ -275,6 +328,7 @@ def test_dry_run_prints_the_settings(preset, workplace, capsys):
 def test_requests_that_cannot_work(arguments, message, workplace, capsys):
     if "cuda" in arguments and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
+    (workplace / "runs" / "digits").unlink()
     before = set(workplace.rglob("*"))
     try:
         status = main(arguments)

@@ -1,0 +1,40 @@
+"""Which settings a resume may change: those named, and no other."""
+
+from dataclasses import fields, is_dataclass, replace
+
+import pytest
+
+from stopfast.config import to_document
+from stopfast.presets import demo
+from stopfast.run_state import _FREE, _differences
+
+CONFIG = demo()
+NAMES = [
+    (section.name, entry.name)
+    for section in fields(CONFIG)
+    if is_dataclass(getattr(CONFIG, section.name))
+    for entry in fields(getattr(CONFIG, section.name))
+]
+MAY_CHANGE = {
+    "run": {"output", "resume", "dry_run", "device", "log_every", "checkpoint_every", "tensorboard"}
+    | {"wandb"},
+    "data": {"root", "threads", "loader", "hardware_share", "broken", "max_broken"},
+    "step": {"ops", "attention", "compile"},
+    "optim": {"optimizer"},
+    "monitor": {"every", "images", "labelled", "labelled_images"},
+}
+
+
+@pytest.mark.parametrize(("section", "name"), NAMES, ids=".".join)
+def test_change(section, name):
+    saved = to_document(CONFIG)
+    other = {**saved, section: {**saved[section], name: "another"}}
+    free = name in MAY_CHANGE.get(section, ())
+    assert _differences(saved, other) == ([] if free else [f"{section}.{name}"])
+    assert free == (name in _FREE.get(section, ()))
+
+
+def test_preset_and_nothing():
+    saved = to_document(CONFIG)
+    assert _differences(saved, to_document(demo())) == []
+    assert _differences(saved, to_document(replace(CONFIG, preset="other"))) == ["preset"]
