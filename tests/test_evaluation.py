@@ -1,4 +1,4 @@
-"""Features of encoders, their cache, and whole evaluations of small checkpoints on made photographs."""
+"""Whole evaluations of small checkpoints on made photographs."""
 
 import io
 import json
@@ -15,8 +15,7 @@ from rich.console import Console
 from stopfast.build import build_encoder, build_predictor, seeded
 from stopfast.checkpoint import CheckpointError, save_checkpoint
 from stopfast.config import Config, DataConfig, ModelConfig, Transforms, to_document
-from stopfast.data.images import open_images
-from stopfast.evaluation import features
+from stopfast.evaluation import features, telling
 from stopfast.evaluation.counting import CountingSettings
 from stopfast.evaluation.evaluate import (
     EvaluationSettings,
@@ -26,14 +25,11 @@ from stopfast.evaluation.evaluate import (
     save_evaluation,
 )
 from stopfast.evaluation.features import (
-    EncoderFeatures,
     Extraction,
-    PixelFeatures,
-    collect,
-    extract,
 )
 from stopfast.evaluation.probes import LinearSettings
 from stopfast.evaluation.propagation import PropagationSettings
+from stopfast.report.results import evaluation_section
 
 CPU = torch.device("cpu")
 CLASSES = ("blue", "green", "red")
@@ -41,6 +37,7 @@ SETTINGS = EvaluationSettings(
     extraction=Extraction(batch_size=16, loader="pil"),
     linear=LinearSettings(rates=(0.01, 0.1, 1.0), epochs=10),
     share=0.1,
+    seeds=2,
     subsets=2,
     counting=CountingSettings(train=80, test=20),
     propagation=PropagationSettings(clips=2, frames=3),
@@ -67,6 +64,12 @@ def checkpoint(folder: Path, settings: Config, seed: int) -> Path:
     documents = {"config": to_document(settings), "state": {"step": 3}}
     save_checkpoint(folder / "step-0000003", {"model": state}, documents)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _cache(monkeypatch, tmp_path_factory):
+    """What is known of images that were looked at stays in the tests' folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 @pytest.fixture(scope="module")
@@ -96,85 +99,99 @@ def runs(tmp_path_factory) -> dict[str, Path]:
     }
 
 
-@pytest.mark.parametrize(("depth", "levels"), [(2, 2), (6, 4)])
-def test_pooled_features_are_the_last_four_blocks(depth, levels):
-    """From the encoder's average over its last K blocks: K * mean_K - (K - 1) * mean_(K-1) is block -K."""
-    encoder = build_encoder(config(depth)).eval()
-    torch.nn.init.normal_(encoder.norm.weight)
-    source, images = EncoderFeatures(encoder), torch.randn(3, 3, 16, 16)
-    seen = source(images)
-    assert source.levels == levels and seen.pooled.shape == (3, levels * 16)
-    with torch.no_grad():
-        means = [0, *(encoder(images, K=k) * k for k in range(1, levels + 1))]
-        blocks = [means[k] - means[k - 1] for k in range(levels, 0, -1)]
-        expected = torch.cat([block.mean(1) for block in blocks], dim=1)
-        assert torch.allclose(seen.pooled, expected, atol=1e-5)
-        assert torch.equal(seen.patches, encoder(images))
-    assert not any(block._forward_hooks for block in encoder.blocks)
-    half = EncoderFeatures(encoder, "bf16")(images).pooled
-    assert half.dtype == torch.float32 and not torch.equal(half, seen.pooled)
-    assert torch.allclose(half, seen.pooled, atol=0.1)
+@pytest.mark.parametrize(
+    ("probes", "pixels", "widths"),
+    [
+        (["knn"], True, {"raw pixels": 768, "untrained": 16, "trained": 16}),
+        (["logistic", "linear"], False, {"untrained": 32, "trained": 32}),
+    ],
+)
+def test_only_what_a_probe_needs_is_kept(probes, pixels, widths, photographs, runs, monkeypatch):
+    kept = []
+    gather = features.collect
+    monkeypatch.setattr(features, "collect", lambda *a: kept.append(gather(*a)) or kept[-1])
+    settings = replace(SETTINGS, pixels=pixels)
+    found = evaluate_checkpoint(runs["a"], photographs, probes=probes, settings=settings)
+    assert list(found.figures) == list(widths)
+    for split in kept:
+        assert {name: table.pooled.shape[1] for name, table in split.items()} == widths
 
 
-def test_raw_pixels_are_at_most_32_a_side_and_patches_are_in_raster_order():
-    images = torch.randn(2, 3, 64, 96)
-    seen = PixelFeatures(16)(images)
-    cells = images.unfold(2, 2, 2).unfold(3, 3, 3).mean((4, 5))
-    assert torch.allclose(seen.pooled, cells.flatten(1), atol=1e-6)
-    assert torch.equal(seen.patches[1, 7], images[1, :, 16:32, 16:32].flatten())
-    small = torch.randn(2, 3, 8, 8)
-    assert torch.equal(PixelFeatures(4)(small).pooled, small.flatten(1))
-    sources = {"pixels": PixelFeatures(4)}
-    with pytest.raises(ValueError, match="expected 5 images, got 4"):
-        collect(sources, [small, small], 5)
-    with pytest.raises(ValueError, match="expected finite features, got others from pixels"):
-        collect(sources, [small, small / 0], 4)
+def test_an_interrupted_evaluation_goes_on(photographs, runs, tmp_path, monkeypatch):
+    """With a cache, a split that was done is not decoded again; a folder that is none is told first."""
+    read, decoded = features.eval_batches, []
+
+    def look(cache, stop=()):
+        def batches(images, *rest, **named):
+            decoded.append(images.root.name)
+            if images.root.name in stop:
+                raise InterruptedError
+            return read(images, *rest, **named)
+
+        monkeypatch.setattr(features, "eval_batches", batches)
+        extraction = replace(SETTINGS.extraction, cache=cache)
+        settings = replace(SETTINGS, extraction=extraction)
+        return evaluate_checkpoint(runs["a"], photographs, probes=["knn"], settings=settings)
+
+    with pytest.raises(InterruptedError):
+        look(tmp_path / "cache", stop=["test"])
+    assert look(tmp_path / "cache") == look(None)
+    assert decoded == ["train", "test", "test", "train", "test"]
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError):
+        look(tmp_path / "file")
+    assert len(decoded) == 5
 
 
-def test_cached_features_are_read_and_only_for_the_same_question(
-    photographs, tmp_path, monkeypatch
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("long", [10, 1000])
+def test_progress_on_terminals_where_there_is_much_to_do(
+    terminal, long, photographs, runs, monkeypatch
 ):
-    """A second look decodes nothing; other weights, images, transforms, precision are another question."""
-    images = open_images(photographs / "test")
-    sources = {
-        "encoder": EncoderFeatures(build_encoder(config()).eval()),
-        "pixels": PixelFeatures(4),
-    }
-    names = {"encoder": "weights", "pixels": "pixels"}
-    transforms = Transforms(size=(16, 16))
-    cached = Extraction(loader="pil", cache=tmp_path / "cache", batch_size=10)
+    monkeypatch.setattr(telling, "_LONG", long)
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=200)
+    probes = ["knn", "propagation"]
+    evaluate_checkpoint(runs["a"], photographs, probes=probes, settings=SETTINGS, console=console)
+    shown = console.file.getvalue()
+    for split, count in (("train", 60), ("test", 36)):
+        bar = f"features of {photographs / split}" in shown and f"{count}/{count}" in shown
+        assert bar == (terminal and long == 10)
+    assert (terminal and "propagating labels" in shown and "trained: kNN" in shown) or not shown
 
-    def look(images=images, transforms=transforms, extraction=cached, names=names):
-        return extract(sources, images, transforms, CPU, extraction, names)
 
-    first = look()
-    decoded = []
-    read = features.eval_batches
-    monkeypatch.setattr(
-        features, "eval_batches", lambda *a, **k: decoded.append(1) or read(*a, **k)
+def test_broken_images_are_refused_or_left_out_as_in_training(photographs, runs, tmp_path):
+    """As the run was trained, or as it is asked; counted in both splits."""
+    data = shutil.copytree(photographs, tmp_path / "data")
+    for split in ("train", "test"):
+        (data / split / "red" / "0.jpg").write_bytes(b"no image")
+    skipping = config()
+    skipping = replace(skipping, data=replace(skipping.data, broken="skip", max_broken=0.1))
+    run = checkpoint(tmp_path / "skipping", skipping, 1)
+
+    def look(run, console=None, **asked):
+        settings = replace(SETTINGS, **asked)
+        return evaluate_checkpoint(run, data, probes=["knn"], settings=settings, console=console)
+
+    console = Console(file=io.StringIO(), width=200)
+    found = look(run, console)
+    assert (found.train_images, found.test_images) == (59, 35)
+    assert console.file.getvalue().count("red/0.jpg") == 2
+    assert (
+        look(runs["a"], broken="skip", max_broken=0.1).figures["raw pixels"]
+        == (found.figures["raw pixels"])
     )
-    second = look()
-    assert not decoded
-    for name in sources:
-        assert torch.equal(first[name].pooled, second[name].pooled)
-        assert first[name].levels == second[name].levels
-    fresh = look(extraction=replace(cached, cache=None, batch_size=36))
-    assert torch.allclose(fresh["encoder"].pooled, first["encoder"].pooled, atol=1e-6)
-    others = [
-        {"images": images.subset(range(12))},
-        {"transforms": replace(transforms, center=0.5)},
-        {"extraction": replace(cached, precision="bf16")},
-        {"names": {**names, "encoder": "other weights"}},
-    ]
-    for number, other in enumerate(others, start=2):
-        look(**other)
-        assert len(decoded) == number
-    assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".safetensors"]
+    for refused, asked, told in (
+        (runs["a"], {}, "can be decoded, got 1 of 60 images"),
+        (run, {"broken": "refuse"}, "can be decoded, got 1 of 60 images"),
+        (run, {"max_broken": 0.02}, "at most 2.00% broken images.* got 1 of 36 images"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            look(refused, **asked)
 
 
 def test_whole_evaluation(photographs, runs, tmp_path):
     """All probes, three rows; the same twice; what is planted in pixels is found; saved and printed."""
-    found = evaluate_checkpoint(runs["a"], photographs, settings=SETTINGS, seeds=2, device="cpu")
+    found = evaluate_checkpoint(runs["a"], photographs, settings=SETTINGS, device="cpu")
     assert list(found.figures) == ["raw pixels", "untrained", "trained"]
     assert list(found.differences) == ["trained less untrained"]
     assert (found.train_images, found.test_images, found.labelled_images) == (60, 36, 6)
@@ -196,9 +213,7 @@ def test_whole_evaluation(photographs, runs, tmp_path):
         figures = [found.figures[name][measure].value for name in ("trained", "untrained")]
         assert gain.value == pytest.approx(figures[0] - figures[1])
     assert {len(rates) for by in found.rates.values() for rates in by.values()} == {2}
-    assert found == evaluate_checkpoint(
-        runs["a"], photographs, settings=SETTINGS, seeds=2, device="cpu"
-    )
+    assert found == evaluate_checkpoint(runs["a"], photographs, settings=SETTINGS, device="cpu")
     save_evaluation(found, tmp_path / "new" / "result.json")
     saved = json.loads((tmp_path / "new" / "result.json").read_text())
     assert saved["which"] == "target_encoder"
@@ -213,8 +228,11 @@ def test_whole_evaluation(photographs, runs, tmp_path):
         "6 labels",
         "36 test images",
         f"{value:.1f} % ±",
+        "pre-training again with another seed would change is in none of these intervals",
     ):
         assert text in printed
+    differences = evaluation_section(found).parts[-1]
+    assert "another seed would change is in none of these intervals" in differences.caption
 
 
 def test_test_labels_change_accuracies_and_no_choice(photographs, runs, tmp_path):
@@ -225,7 +243,7 @@ def test_test_labels_change_accuracies_and_no_choice(photographs, runs, tmp_path
     (test / "green").rename(test / "red")
     (test / "other").rename(test / "green")
     right, wrong = (
-        evaluate_checkpoint(runs["a"], data, probes=["linear"], seeds=2, settings=SETTINGS)
+        evaluate_checkpoint(runs["a"], data, probes=["linear"], settings=SETTINGS)
         for data in (photographs, tmp_path / "data")
     )
     assert right.rates == wrong.rates
@@ -261,7 +279,6 @@ def test_drawn_pictures_need_no_data(runs):
     [
         ({"probes": []}, r"expected probes among \['knn'"),
         ({"probes": ["knn", "svm"]}, r"got \['knn', 'svm'\]"),
-        ({"seeds": 0}, "seeds >= 1, got 0"),
         ({"data": None}, "expected a folder of images for kNN"),
         ({"data": "train"}, "val/ or test/.* got one set of images"),
         ({"runs": []}, "expected checkpoints"),
@@ -276,6 +293,6 @@ def test_bad_input_is_refused(asked, told, photographs, runs, tmp_path):
     if "names" in asked:
         chosen = dict(zip(asked["names"], chosen, strict=True))
     data = {"train": photographs / "train", "": photographs, None: None}[asked.get("data", "")]
-    rest = {name: asked[name] for name in ("probes", "seeds") if name in asked}
+    rest = {name: asked[name] for name in ("probes",) if name in asked}
     with pytest.raises((ValueError, CheckpointError), match=told):
         evaluate_checkpoints(chosen, data, **rest)

@@ -3,12 +3,15 @@
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
+from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -16,8 +19,9 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from stopfast.config import DataConfig, Transforms
 from stopfast.data.images import Images
-from stopfast.data.loader import eval_batches
+from stopfast.data.loader import eval_batches, resolve_loader
 from stopfast.encoder import VisionTransformer, image_grid
+from stopfast.evaluation.telling import image_bar
 from stopfast.pos_embed import Grid
 
 Precision = Literal["fp32", "bf16"]
@@ -63,11 +67,13 @@ class EncoderFeatures:
     encoder: VisionTransformer
     precision: Precision = "fp32"
     """``bf16`` computes the blocks under autocast; averages are fp32."""
+    last_blocks: int = LAST_BLOCKS
+    """How many blocks the pooled features are of; all where there are fewer."""
 
     @property
     def levels(self) -> int:
-        """The last four blocks, or all where there are fewer."""
-        return min(LAST_BLOCKS, len(self.encoder.blocks))
+        """One of each of the last blocks."""
+        return min(self.last_blocks, len(self.encoder.blocks))
 
     def grid(self, images: Tensor) -> Grid:
         """Return (rows, columns) of the patches of a batch."""
@@ -159,6 +165,7 @@ def extract(
     device: torch.device,
     extraction: Extraction,
     identities: Mapping[str, str] | None = None,
+    console: Console | None = None,
 ) -> dict[str, Features]:
     """Decode a split once and return the features of every source, in the order of the images.
 
@@ -171,18 +178,23 @@ def extract(
         identities: what each source's features depend on beside the images and the transforms
             (an encoder: the SHA-256 of its checkpoint's manifest, and which encoder of it). Only a
             source with an identity is cached.
+        console: where a bar shows how many images are done, if it is a terminal and they are many.
 
     Raises:
         ValueError: an image that cannot be decoded, or features that are not finite.
+        OSError: a cache that cannot be written, before anything is computed.
     """
     found: dict[str, Features] = {}
     files: dict[str, Path] = {}
+    extraction = replace(extraction, loader=resolve_loader(extraction.loader))
     if extraction.cache is not None:
+        _require_writable(extraction.cache)
         for name, identity in (identities or {}).items():
             key = _key(identity, images, transforms, device, extraction)
             files[name] = extraction.cache / f"{key}.safetensors"
-            if files[name].is_file():
-                found[name] = _read(files[name])
+            known = _read(files[name], sources[name].levels)
+            if known is not None:
+                found[name] = known
     wanted = {name: source for name, source in sources.items() if name not in found}
     if wanted:
         batches = eval_batches(
@@ -192,8 +204,10 @@ def extract(
             device=device,
             data=DataConfig(threads=extraction.threads, loader=extraction.loader),
         )
-        rows = (batch.images for batch in batches)
-        for name, features in collect(wanted, rows, len(images), extraction.precision).items():
+        with closing(batches), image_bar(console, images) as count:
+            rows = (count(batch.images) for batch in batches)
+            collected = collect(wanted, rows, len(images), extraction.precision)
+        for name, features in collected.items():
             found[name] = features
             if name in files:
                 _write(features, files[name])
@@ -250,6 +264,13 @@ def collect(
     }
 
 
+def _require_writable(folder: Path) -> None:
+    """Make sure of it now, and not after hours."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
 def _write(features: Features, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
@@ -260,6 +281,14 @@ def _write(features: Features, path: Path) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def _read(path: Path) -> Features:
+def _read(path: Path, levels: int) -> Features | None:
+    """Return the last levels of what is kept there; None where nothing is, or fewer levels."""
+    if not path.is_file():
+        return None
     with safe_open(path, "pt") as file:
-        return Features(pooled=file.get_tensor("pooled"), levels=int(file.metadata()["levels"]))
+        kept = int(file.metadata()["levels"])
+        if kept < levels:
+            return None
+        pooled = file.get_slice("pooled")
+        width = pooled.get_shape()[1]
+        return Features(pooled=pooled[:, width - width // kept * levels :], levels=levels)

@@ -35,6 +35,10 @@ MEASURES: dict[Measure, _Shown] = {
 }
 
 
+OUTSIDE = "What pre-training again with another seed would change is in none of these intervals."
+"""Belongs wherever intervals or differences are shown."""
+
+
 @dataclass(frozen=True, slots=True)
 class Figure:
     """A mean, and the ends of its 95 % interval."""
@@ -128,6 +132,7 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
         if measure in evaluation.references:
             told += f"; without features {_shown(measure, evaluation.references[measure])}"
         console.print(told)
+    console.print(OUTSIDE)
 
 
 def save_evaluation(evaluation: Evaluation, path: Path) -> None:

@@ -11,7 +11,13 @@ from stopfast.checkpoint import MANIFEST
 from stopfast.config import Transforms
 from stopfast.data.images import Images, open_images, split_folder
 from stopfast.encoder import VisionTransformer
-from stopfast.evaluation.features import EncoderFeatures, PixelFeatures, Precision, Representation
+from stopfast.evaluation.features import (
+    LAST_BLOCKS,
+    EncoderFeatures,
+    PixelFeatures,
+    Precision,
+    Representation,
+)
 from stopfast.trained import TrainedRun, Which
 
 _PIXELS, _UNTRAINED = "raw pixels", "untrained"
@@ -111,14 +117,26 @@ def build_rows(
     runs: Mapping[str, TrainedRun],
     which: Which,
     device: torch.device,
-    precision: Precision,
+    *,
+    precision: Precision = "fp32",
+    last_blocks: int = LAST_BLOCKS,
+    pixels: bool = True,
 ) -> Rows:
     """Return raw pixels, the untrained encoders (each once: runs may share one), the trained encoders.
 
-    Patches of raw pixels are as large as those of the first run.
+    Args:
+        runs: by name.
+        which: of a run's two encoders.
+        device: where the encoders are moved.
+        precision: that they compute in.
+        last_blocks: how many blocks their pooled features are of.
+        pixels: whether raw pixels are a row, in patches as large as those of the first run.
     """
-    first = next(iter(runs.values()))
-    rows = Rows({_PIXELS: PixelFeatures(first.config.model.patch_size)}, {_PIXELS: _PIXELS}, [])
+    rows = Rows({}, {}, [])
+    if pixels:
+        first = next(iter(runs.values()))
+        rows.sources[_PIXELS] = PixelFeatures(first.config.model.patch_size)
+        rows.identities[_PIXELS] = _PIXELS
     manifests = {
         name: hashlib.sha256((run.checkpoint / MANIFEST).read_bytes()).hexdigest()
         for name, run in runs.items()
@@ -132,11 +150,11 @@ def build_rows(
         beginnings.setdefault(beginning[name], fresh)
     for name, encoder in beginnings.items():
         label = _UNTRAINED if len(beginnings) == 1 else f"{name}, {_UNTRAINED}"
-        rows.sources[label] = EncoderFeatures(encoder.to(device), precision)
+        rows.sources[label] = EncoderFeatures(encoder.to(device), precision, last_blocks)
         rows.identities[label] = f"{manifests[name]}, {_UNTRAINED}"
         rows.pairs.extend((run, label) for run in runs if beginning[run] == name)
     for name, run in runs.items():
-        rows.sources[name] = EncoderFeatures(run.chosen(which).to(device), precision)
+        rows.sources[name] = EncoderFeatures(run.chosen(which).to(device), precision, last_blocks)
         rows.identities[name] = f"{manifests[name]}, {which}"
     others = list(runs)
     rows.pairs.extend((name, others[0]) for name in others[1:])

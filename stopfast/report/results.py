@@ -1,6 +1,6 @@
 """The figures of an evaluation as a section of the page."""
 
-from stopfast.evaluation.results import MEASURES, Evaluation, Figure, Measure
+from stopfast.evaluation.results import MEASURES, OUTSIDE, Evaluation, Figure, Measure
 from stopfast.report.page import Section, Table
 
 
@@ -25,7 +25,7 @@ def evaluation_section(evaluation: Evaluation) -> Section:
             evaluation.differences,
             evaluation,
             "Paired differences, shares in percentage points. Where an interval holds 0, these data do not "
-            "tell the two apart.",
+            f"tell the two apart. {OUTSIDE}",
         ),
     ]
     return Section(title="Evaluation", text=text, parts=[table for table in tables if table.rows])
