@@ -42,6 +42,7 @@ def decode_with_dali(
             yield _inputs(batch, transforms)
 
     graph = _pipeline(feed(), transforms, batch_size, device, data)
+    copies = torch.cuda.Stream(device) if device.type == "cuda" else None
     while True:
         try:
             pixels, samples = graph.run()
@@ -56,9 +57,26 @@ def decode_with_dali(
             raise unreadable(images, broken) from None
         # The pipeline reuses its buffers, so the batch is copied out of them.
         yield Batch(
-            torch.from_dlpack(pixels.as_tensor()).clone(),
+            _copied(pixels.as_tensor(), copies),
             torch.from_dlpack(samples.as_tensor()).clone().flatten().to(torch.int64),
         )
+
+
+def _copied(tensor: Any, copies: torch.cuda.Stream | None) -> torch.Tensor:  # noqa: ANN401
+    """Return a copy of DALI's tensor that has been made, not one that is only queued.
+
+    DALI writes on streams of its own, which know nothing of torch's: run again before the copy was made,
+    it may overwrite what is to be copied. So the host waits for the copy; on a stream for nothing else,
+    since on that of the steps it would wait for these too.
+    """
+    if copies is None:
+        return torch.from_dlpack(tensor).clone()
+    with torch.cuda.stream(copies):
+        copy = torch.from_dlpack(tensor).clone()
+    copies.synchronize()
+    # Or its memory would be given to a later copy as soon as Python drops it, while steps still read it.
+    copy.record_stream(torch.cuda.current_stream(copies.device))
+    return copy
 
 
 def _inputs(batch: Encoded, transforms: Transforms) -> tuple[list[np.ndarray], ...]:

@@ -99,11 +99,10 @@ class Jepa:
         device = self.encoder.pos_embed.device
         # The published counter of the masks starts at 0.
         masks = self.masks(batch_size, step - 1, start=part.start, stop=part.stop, device=device)
-        return JepaDraws(
-            masks,
-            torch.tensor([self.seed, step], dtype=torch.int64, device=device),
-            torch.arange(part.start, part.stop, device=device),
-        )
+        # Filled on the device: numbers copied from the host's memory would wait for a GPU's queue.
+        seed = torch.full((2,), self.seed, dtype=torch.int64, device=device)
+        seed[1:].fill_(step)
+        return JepaDraws(masks, seed, torch.arange(part.start, part.stop, device=device))
 
     def loss(self, images: Tensor, draws: JepaDraws) -> Tensor:
         """Mean smooth-L1 over all predictions; see ``target_smooth_l1``."""
