@@ -188,6 +188,65 @@ def test_splits(tmp_path):
         split_folder(tmp_path / "absent", "train")
 
 
+def _folders(root, *names):
+    for name in names:
+        if name.endswith(".tar"):
+            write_tar(root / name, [])
+        else:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("others", "opened"),
+    [
+        (("car/1.jpg",), None),
+        (("car/deep/1.PNG", "test.txt"), None),
+        (("car/1.jpg", "train.tar"), None),
+        ((".hidden/1.jpg", "__MACOSX/1.jpg", "notes/1.xml", "logo.png", "car.tar"), "train"),
+        (("test/1.jpg",), "train"),
+        (("validation/1.jpg", "unlabelled/1.jpg"), "train"),
+        (("val.tar", "unlabelled/1.jpg"), "train"),
+    ],
+)
+def test_a_class_is_no_split(tmp_path, others, opened):
+    """One folder of a split's name beside others with images: neither guess is made."""
+    _folders(tmp_path, "train/1.jpg", *others)
+    if opened is None:
+        with pytest.raises(ValueError, match=r"got car: .* a class like car, rename it") as caught:
+            split_folder(tmp_path, "train")
+        assert f"name {tmp_path / 'train'} itself" in str(caught.value)
+        with pytest.raises(ValueError, match="got car"):  # not the whole, with the class in it
+            split_folder(tmp_path, "test", "val", "train")
+    else:
+        assert split_folder(tmp_path, "train") == tmp_path / opened
+    assert split_folder(tmp_path / "train", "train") == tmp_path / "train"  # as the message says
+
+
+def test_a_shard_is_no_split(tmp_path):
+    _folders(tmp_path, "train.tar", "images/1.jpg", "unpacked.tar/1.jpg")
+    assert split_folder(tmp_path, "train") == tmp_path / "train.tar"
+    _folders(tmp_path, "more.tar")
+    with pytest.raises(ValueError, match=r"got more\.tar: .* a shard like more\.tar"):
+        split_folder(tmp_path, "train")
+    _folders(tmp_path, "test.tar")
+    assert split_folder(tmp_path, "train") == tmp_path / "train.tar"
+
+
+def test_what_cannot_be_read_is_no_class(tmp_path, monkeypatch):
+    """A disk's lost+found, which is there beside train on a disk of its own."""
+    _folders(tmp_path, "train/1.jpg", "lost+found/1.jpg")
+    whole = os.scandir
+
+    def scandir(folder):
+        if folder == tmp_path / "lost+found":
+            raise PermissionError(folder)
+        return whole(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert split_folder(tmp_path, "train") == tmp_path / "train"
+
+
 def test_order():
     first, again, second = (epoch_order(3, epoch, 100) for epoch in (0, 0, 1))
     assert np.array_equal(first, again) and not np.array_equal(first, second)

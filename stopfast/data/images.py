@@ -12,6 +12,7 @@ import numpy as np
 from stopfast.data.tars import hidden, index_tar, read_at
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png"})
+_SPLITS = frozenset({"train", "test", "val", "valid", "validation"})
 _KINDS = "JPEG and PNG files (.jpg, .jpeg, .png)"
 
 
@@ -124,16 +125,43 @@ def split_folder(root: Path, *names: str) -> Path:
     """Return the first of ``root/<name>`` or ``root/<name>.tar`` that exists, or ``root`` itself.
 
     Raises:
-        ValueError: ``root`` is not there.
+        ValueError: ``root`` is not there; or the split may be a class (or a shard) like others beside it,
+            since ``root`` has but one of train, test, val, valid and validation.
     """
     if not root.exists():
         raise ValueError(f"expected a folder of images or a .tar, got {root}, which is not there")
     for name in names:
-        if (root / name).is_dir():
-            return root / name
-        if (root / f"{name}.tar").is_file():
-            return root / f"{name}.tar"
+        folder, tar = root / name, root / f"{name}.tar"
+        if folder.is_dir() or tar.is_file():
+            split = folder if folder.is_dir() else tar
+            _check_split(split)
+            return split
     return root
+
+
+def _check_split(split: Path) -> None:
+    """Refuse what may be a class, or a shard: alone, it would be opened and the others passed over."""
+    tar = split.is_file()
+    beside = [path for path in sorted(split.parent.iterdir()) if not hidden(path.name)]
+    # Two of such names are splits, whatever else there is: no one has classes of both.
+    if len({path.name.removesuffix(".tar") for path in beside} & _SPLITS) > 1:
+        return
+    for path in beside:
+        if path == split or path.is_file() != tar:
+            continue
+        if path.suffix.lower() == ".tar" if tar else _holds_images(path):
+            raise ValueError(
+                f"expected no images beside {split} but in other splits (test, val), got {path.name}: "
+                f"if {split.name} is the split, name {split} itself; if it is "
+                f"{'a shard' if tar else 'a class'} like {path.name}, rename it"
+            )
+
+
+def _holds_images(folder: Path) -> bool:
+    try:
+        return any(True for _ in _walk(folder, ""))
+    except OSError:  # lost+found, say, which is for the system's eyes only
+        return False
 
 
 class _File(NamedTuple):
