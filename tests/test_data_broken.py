@@ -136,7 +136,9 @@ def test_what_is_known_is_not_looked_at_again(root, tmp_path, monkeypatch):
     assert looks == [1, 1, 0, 0]
 
 
-def test_a_cache_that_cannot_be_written_costs_time_only(root, tmp_path):
+def test_a_cache_that_cannot_be_written_costs_time_only(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(scan, "_TASK", 2)
+    monkeypatch.setattr(scan, "_KEEP", 4)
     (tmp_path / "file").write_text("in the way")
     with pytest.warns(RuntimeWarning, match="not kept") as caught:
         verdict = check_images(open_images(root), threads=1, cache=tmp_path / "file" / "cache")
@@ -161,6 +163,28 @@ def test_an_interrupted_look_goes_on(root, tmp_path, monkeypatch):
     assert not [t for t in threading.enumerate() if t.name.startswith("stopfast")]
     monkeypatch.setattr(scan, "_look", look)
     assert check_images(images, threads=2, cache=tmp_path / "cache").checked == 6
+
+
+def test_a_kill_loses_little(root, tmp_path, monkeypatch):
+    """The cache is written on the way, each time two or half as many as it holds are good."""
+    monkeypatch.setattr(scan, "_TASK", 1)
+    monkeypatch.setattr(scan, "_KEEP", 2)
+    monkeypatch.setattr(scan, "_KEEP_SHARE", 2)
+    cache, look, written = tmp_path / "cache", scan._look, []
+
+    def watched(*arguments):
+        for found in look(*arguments):
+            written.append(sum(len(scan._load(file)) for file in cache.glob("*")))
+            yield found
+
+    monkeypatch.setattr(scan, "_look", watched)
+    first = root / "class0" / "00.jpg"  # it is not written down
+    first.write_bytes(b"no image")
+    images = open_images(root)
+    assert check_images(images, threads=1, cache=cache).broken.keys() == {"class0/00.jpg"}
+    assert written == [0, 0, 0, 2, 2, 4, 4, 6, 6, 6, 9, 9]
+    (kept,) = cache.iterdir()
+    assert set(scan._load(kept)) == set(scan._keys(images)[1:])
 
 
 def test_an_interruption_does_not_wait_for_the_rest(root, tmp_path, monkeypatch):

@@ -22,6 +22,8 @@ _RULES = 1
 """Counts the changes of ``check_stored``, so that verdicts of older rules are not used."""
 _LONG = 2000  # images above which progress is shown
 _TASK = 32  # images a thread looks at in one go
+_KEEP = 4096  # images found good, at least, that the cache is written for
+_KEEP_SHARE = 16  # or one for so many in it, since it is written whole: 17 times its size in all
 _NAMED = 10  # broken images that a message names
 
 
@@ -40,8 +42,9 @@ def check_images(
 ) -> Verdict:
     """Decode every image, but for those known to be good by name, size and time of writing.
 
-    What is found good is kept in ``cache``, also when the look is interrupted, so that the next one goes
-    on; what is broken is looked at again each time, for it may be readable by then.
+    What is found good is written to ``cache`` every few thousand images and at the end, so that whatever
+    ends the look, a signal too, the next one goes on; what is broken is looked at again each time, for it
+    may be readable by then.
 
     Args:
         images: what to look at.
@@ -55,14 +58,18 @@ def check_images(
     known = np.isin(keys, _load(file))
     unknown = np.flatnonzero(~known)
     broken: dict[str, str] = {}
-    good: list[int] = []
+    kept, good = keys[known], list[int]()
+    keeps = True  # until the cache cannot be written, which is said once
     try:
         for part, found in _look(images, unknown, threads, console):
             good += [int(i) for i, reason in zip(part, found, strict=True) if not reason]
             broken |= {images.names[i]: r for i, r in zip(part, found, strict=True) if r}
+            if keeps and len(good) >= max(_KEEP, len(kept) // _KEEP_SHARE):
+                kept, good = np.concatenate([kept, keys[good]]), []
+                keeps = _save(file, kept)
     finally:
-        if good:
-            _save(file, np.concatenate([keys[known], keys[good]]))
+        if keeps and good:
+            _save(file, np.concatenate([kept, keys[good]]))
     return Verdict(broken=broken, checked=len(unknown))
 
 
@@ -156,8 +163,12 @@ def _load(file: Path) -> np.ndarray:
     return good if good.dtype == np.uint64 else np.empty(0, dtype=np.uint64)
 
 
-def _save(file: Path, good: np.ndarray) -> None:
-    """Write the keys, all or nothing; a cache that cannot be written costs time, not the run."""
+def _save(file: Path, good: np.ndarray) -> bool:
+    """Write the keys, all or nothing; a cache that cannot be written costs time, not the run.
+
+    Returns:
+        Whether they were written.
+    """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         descriptor, unfinished = tempfile.mkstemp(dir=file.parent, suffix=".npy")
@@ -174,3 +185,5 @@ def _save(file: Path, good: np.ndarray) -> None:
             RuntimeWarning,
             stacklevel=3,
         )
+        return False
+    return True
