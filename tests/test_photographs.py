@@ -1,7 +1,7 @@
 """Real photographs: DALI, PIL and torchvision show the same for the same draws.
 
-The photographs are not in the repository; where they are not, these tests are skipped. Every eighth of the
-334 is looked at, so that it takes seconds.
+Always on scikit-learn's two, cut and reduced to 24; where they are, also on every eighth of 334 that are
+not in the repository. The bounds are the same.
 """
 
 import io
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_sample_images
 
 from stopfast.config import DataConfig, Transforms
 from stopfast.data.draws import random_draws
@@ -26,25 +27,52 @@ PHOTOGRAPHS = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "
 EVERY = 8
 TURNED = "turned.JPEG"
 
-pytestmark = pytest.mark.skipif(not PHOTOGRAPHS.is_file(), reason=f"no {PHOTOGRAPHS}")
 needs_dali = pytest.mark.skipif(dali_problem() is not None, reason="DALI is not installed")
 
 
-@pytest.fixture(scope="module")
-def photographs(tmp_path_factory):
-    """Every eighth photograph as a file, and the first again with an EXIF orientation."""
-    root = tmp_path_factory.mktemp("photographs")
+def _write_shipped(root):
+    """The two photographs (640 x 427) whole and in parts, each at three sizes."""
+    for number, array in enumerate(load_sample_images().images):
+        whole = Image.fromarray(array)
+        width, height = whole.size
+        boxes = {
+            "whole": (0, 0, width, height),
+            "left": (0, 0, width // 2, height),
+            "middle": (width // 4, height // 4, 3 * width // 4, 3 * height // 4),
+            "strip": (0, height // 3, width, 2 * height // 3),
+        }
+        for name, box in boxes.items():
+            for reduction in (1, 2, 3):
+                file = root / f"{number}-{name}-{reduction}.JPEG"
+                whole.crop(box).reduce(reduction).save(file, quality=95)
+
+
+def _write_tar(root):
+    """Every eighth of the 334, so that it takes seconds."""
     with tarfile.open(PHOTOGRAPHS) as archive:
         members = sorted(archive.getmembers(), key=lambda member: member.name)
-        for number, member in enumerate(members):
-            if number % EVERY == 0:
-                file = archive.extractfile(member)
-                assert file is not None
-                (root / member.name).write_bytes(file.read())
-    first = Image.open(root / members[0].name)
+        for member in members[::EVERY]:
+            file = archive.extractfile(member)
+            assert file is not None
+            (root / member.name).write_bytes(file.read())
+
+
+not_here = pytest.mark.skipif(not PHOTOGRAPHS.is_file(), reason=f"no {PHOTOGRAPHS}")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[_write_shipped, pytest.param(_write_tar, marks=not_here)],
+    ids=["2", "334"],
+)
+def photographs(tmp_path_factory, request):
+    """Photographs as files, and the first again with an EXIF orientation."""
+    root = tmp_path_factory.mktemp("photographs")
+    request.param(root)
     exif = Image.Exif()
     exif[0x0112] = 6
-    first.save(root / TURNED, "JPEG", quality="keep", exif=exif)
+    with Image.open(min(root.iterdir())) as first:
+        first.save(root / TURNED, "JPEG", quality="keep", exif=exif)
     return open_images(root)
 
 
