@@ -279,7 +279,7 @@ def test_drawn_pictures_need_no_data(runs):
     [
         ({"probes": []}, r"expected probes among \['knn'"),
         ({"probes": ["knn", "svm"]}, r"got \['knn', 'svm'\]"),
-        ({"data": None}, "expected a folder of images for kNN"),
+        ({"data": None}, "(?i)a folder of images,? for .*knn, linear"),
         ({"data": "train"}, "val/ or test/.* got one set of images"),
         ({"runs": []}, "expected checkpoints"),
         ({"runs": ["a", "a"]}, "each checkpoint once"),
