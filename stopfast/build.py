@@ -95,12 +95,18 @@ def build_masks(config: Config) -> MultiBlockMasks:
     )
 
 
-def check_settings(config: Config) -> None:
+def check_settings(config: Config, device: torch.device) -> None:
     """Refuse settings that no images could make work, without their memory or their initialisation.
 
     Raises:
         ValueError: sizes that do not fit, masks that cannot be drawn, or operations that are not there.
     """
+    if config.step.ops == "fused":
+        row = torch.zeros(1, 8, device=device)
+        try:
+            step_ops(config).layer_norm(row, row[0], row[0], 1e-5, None)
+        except ValueError as error:
+            raise ValueError(f"--step.ops fused cannot run on {device}: {error}") from None
     build_masks(config)
     with torch.device("meta"):
         build_encoder(config)

@@ -92,7 +92,9 @@ class ModelConfig:
     """Encoder and predictor."""
 
     patch_size: int = 16
+    """Side of a patch, in pixels."""
     embed_dim: int = 768
+    """Width of the encoder."""
     depth: int = 12
     num_heads: int = 12
     """Heads of the encoder, and of the predictor as published."""
@@ -121,13 +123,20 @@ class NoiseConfig:
     """What the predictor's queries are made of; see ``stopfast.Predictor``."""
 
     variant: Literal["ijepa", "stop", "stop_off", "stop_paper"] = "ijepa"
+    """``ijepa``: mask token and position; ``stop``: position and projected noise; ``stop_off``: position
+    alone; ``stop_paper``: the paper's own form of ``stop``."""
     noise_var: float = 0.25
     """Standard deviation of the noise (published name), or its variance with ``stop_paper``."""
     apply_to: Literal["masked", "context", "both"] = "masked"
+    """Which tokens are noisy."""
     cov: Literal["learned", "fixed"] = "learned"
+    """Whether the noise is projected, or added to the position as it is."""
     noise_dim: Literal["encoder", "predictor"] | None = None
+    """Width that the noise is drawn in; default: the one that ``cov`` needs."""
     tie: bool = True
+    """Whether the noise shares the projection of the context."""
     learned_pos_emb: bool = False
+    """Learn the predictor's positions, from random ones."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,15 +144,25 @@ class MaskConfig:
     """The multi-block masks; see ``stopfast.MultiBlockMasks``."""
 
     enc_mask_scale: Range = (0.85, 1.0)
+    """Area of a context block, as a share of the image, before the targets are cut out of it."""
     pred_mask_scale: Range = (0.15, 0.2)
+    """Area of a target block."""
     aspect_ratio: Range = (0.75, 1.5)
+    """Height over width of a target block."""
     nenc: int = 1
+    """Context blocks of an image."""
     npred: int = 4
+    """Target blocks of an image."""
     min_keep: int = 10
+    """A context keeps more patches than this."""
     allow_overlap: bool = False
+    """Whether targets stay in the context."""
     edge_inclusive: bool = False
+    """Whether blocks reach the last row and column; the published ones never do."""
     truncate: Literal["first", "random"] = "first"
+    """Which patches a context keeps when it is cut to the shortest; the published ones keep the first."""
     truncate_over: Literal["local", "global"] = "local"
+    """Whether the shortest is that of the micro-batch or of the step's whole batch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,10 +173,14 @@ class OptimConfig:
     warmup: float = 15.0
     """Warm-up, in epochs."""
     start_lr: float = 2e-4
+    """Learning rate that the warm-up begins at."""
     lr: float = 1e-3
+    """Learning rate after the warm-up; it is not scaled with the batch."""
     final_lr: float = 1e-6
+    """Learning rate at the end of its cosine."""
     weight_decay: float = 0.04
     final_weight_decay: float = 0.4
+    """Weight decay at the end of its cosine."""
     ema: Range = (0.996, 1.0)
     """Momentum at the first step, and at the end of the schedule."""
     ipe_scale: float = 1.0

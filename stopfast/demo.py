@@ -19,8 +19,7 @@ from stopfast.presets import PRESETS
 from stopfast.report.canvas import require_matplotlib
 from stopfast.report.compose import report
 from stopfast.report.results import evaluation_section
-from stopfast.train import pretrain
-from stopfast.trained import load_trained
+from stopfast.train import Stopped, pretrain
 
 _LOOKS = 4
 """Times that the monitors look at a run."""
@@ -35,13 +34,13 @@ _LEAD = (
 
 def demo(
     output: Path, console: Console, *, device: str = "auto", epochs: int | None = None
-) -> Path | None:
+) -> Path:
     """Train I-JEPA and StoP on scikit-learn's handwritten digits, evaluate both, and write a report.
 
     The two runs have the settings of the preset ``demo`` but for what their queries are made of, and take
     the way that any run takes: JPEG files, the loader, :func:`stopfast.train.pretrain`. ``output`` gets
-    ``digits/``, ``ijepa/``, ``stop/``, ``evaluation.json`` and ``report.html``. What an earlier call
-    finished is not made again, and a run that was interrupted goes on.
+    ``digits/``, ``ijepa/``, ``stop/``, ``evaluation.json`` and ``report.html``. A run that is
+    finished there is not trained again, and one that was interrupted goes on.
 
     Args:
         output: a folder.
@@ -50,9 +49,10 @@ def demo(
         epochs: of each run; default the preset's, of 266 steps.
 
     Returns:
-        The report, or None where training was interrupted (Ctrl-C).
+        The report.
 
     Raises:
+        Stopped: Ctrl-C or SIGTERM; the same call goes on.
         RuntimeError: matplotlib is not installed; nothing is trained then.
         CheckpointError: ``output`` holds a run of other settings, or an altered one.
     """
@@ -61,9 +61,7 @@ def demo(
     configs = demo_configs(output, digits, device=device, epochs=epochs)
     for number, (name, config) in enumerate(configs.items(), start=1):
         console.rule(f"{name}: training {number} of {len(configs)}")
-        if not _train(config, console):
-            console.print("Interrupted. The same command goes on from here.")
-            return None
+        _train(config, console)
     console.rule("evaluation")
     runs = {name: output / name for name in configs}
     evaluation = evaluate_checkpoints(runs, digits, probes=_PROBES, device=device)
@@ -106,15 +104,15 @@ def demo_configs(
     }
 
 
-def _train(config: Config, console: Console) -> bool:
-    """Train, or go on; return whether the run is finished."""
+def _train(config: Config, console: Console) -> None:
+    """Train, or go on."""
     folder = config.run.output
-    assert folder is not None and config.data.root is not None
+    assert folder is not None
     resume = bool(step_checkpoints(folder))
     try:
-        path = pretrain(replace(config, run=replace(config.run, resume=resume)), console)
+        pretrain(replace(config, run=replace(config.run, resume=resume)), console)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; remove {folder}, or choose another --output") from None
-    images = open_images(split_folder(config.data.root, "train"))
-    steps = config.optim.epochs * (len(images) // config.data.batch_size)
-    return load_trained(path).step >= steps
+    except Stopped:
+        console.print("Interrupted. The same command goes on from here.")
+        raise

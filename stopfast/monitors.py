@@ -48,11 +48,11 @@ class Monitors:
         self.warned = False
 
     def due(self, step: int, last_step: int) -> bool:
-        """Whether to look after this step."""
+        """Whether to look after this step, or before the first (0)."""
         every = self.config.monitor.every
         return every > 0 and (step % every == 0 or step == last_step)
 
-    def look(self, objective: Objective) -> dict[str, float]:
+    def look(self, objective: Objective, *, warn: bool = True) -> dict[str, float]:
         """Return ``feature_std``, ``rankme``, ``target_variance`` and, with labels, ``knn`` (a share)."""
         pooled, tokens = self._features(objective, self.watched, _VARIANCE_IMAGES)
         seen = {
@@ -70,7 +70,8 @@ class Monitors:
                 self._features(objective, test)[0],
                 torch.tensor(test.labels),
             )
-        if seen["target_variance"] < _LEAST_VARIANCE or seen["feature_std"] < _LEAST_STD:
+        fallen = seen["target_variance"] < _LEAST_VARIANCE or seen["feature_std"] < _LEAST_STD
+        if warn and fallen:
             self._warn(seen)
         return seen
 

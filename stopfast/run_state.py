@@ -1,9 +1,11 @@
 """The state of a training run on disk: what a checkpoint holds, and what may differ on the way back."""
 
+import platform
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from stopfast import __version__
@@ -90,7 +92,13 @@ def save_run(
             "config": to_document(config),
             "data": data._asdict(),
             "state": {"step": done, "optimizer": rest},
-            "versions": {"stopfast": __version__, "torch": torch.__version__},
+            "versions": {
+                "stopfast": __version__,
+                "torch": torch.__version__,
+                "numpy": np.__version__,
+                "python": platform.python_version(),
+                "device": _device_name(step.device),
+            },
         },
     )
     for older in step_checkpoints(output)[:-_KEPT]:
@@ -131,13 +139,21 @@ def load_run(
 
 
 def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """Names of the settings that differ, but for those that may."""
+    """The settings that differ, with both values, but for those that may."""
     different = []
     for section, values in wanted.items():
         before = saved.get(section)
         if not isinstance(values, dict) or not isinstance(before, dict):
-            different += [section] if before != values else []
+            different += [f"{section}: {values} instead of {before}"] if before != values else []
             continue
         names = sorted((values.keys() | before.keys()) - set(_FREE.get(section, ())))
-        different += [f"{section}.{n}" for n in names if values.get(n) != before.get(n)]
+        different += [
+            f"{section}.{name}: {values.get(name)} instead of {before.get(name)}"
+            for name in names
+            if values.get(name) != before.get(name)
+        ]
     return different
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()

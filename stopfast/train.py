@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from signal import Signals
 
 from filelock import FileLock, Timeout
 from rich.console import Console
@@ -23,6 +24,14 @@ from stopfast.objectives.jepa import Jepa
 from stopfast.progress import Meter, StopRequest, memory_in_use, progress_bar, stop_request
 from stopfast.run_state import DataState, load_run, save_run
 from stopfast.step import StepResult, TrainStep
+
+
+class Stopped(Exception):
+    """A signal ended a run early, which saved what was done: ``--run.resume`` goes on."""
+
+    def __init__(self, signal: Signals, checkpoint: Path) -> None:
+        super().__init__(f"stopped by {signal.name}; checkpoint: {checkpoint}")
+        self.signal, self.checkpoint = signal, checkpoint
 
 
 @dataclass(kw_only=True)
@@ -55,13 +64,13 @@ class _Run:
 
 
 def pretrain(config: Config, console: Console) -> Path:
-    """Train to the end, or to an interruption; return the folder of the last checkpoint.
+    """Train to the end; return the folder of the last checkpoint.
 
-    SIGINT (Ctrl-C) and SIGTERM end the run after the step in progress, with a checkpoint;
-    ``run.resume`` goes on from it. A run that is finished is left as it is. The record beside the
-    checkpoints is described in :class:`stopfast.journal.Journal`.
+    A run that is finished is left as it is. The record beside the checkpoints is described in
+    :class:`stopfast.journal.Journal`.
 
     Raises:
+        Stopped: SIGINT (Ctrl-C) or SIGTERM came; the step in progress was finished and saved.
         ValueError: settings or data that cannot be trained on, or a folder of another run; nothing is
             written then, but for the demo's own images.
         FloatingPointError: loss or weights are no longer finite; the last checkpoint stays.
@@ -93,6 +102,8 @@ def pretrain(config: Config, console: Console) -> Path:
         with closing(journal), stop_request() as request:
             path = _train(run, monitors, journal, request)
     console.print(f"checkpoint: {path}")
+    if request.received is not None and run.done < run.last_step:
+        raise Stopped(request.received, path)
     return path
 
 
@@ -101,7 +112,7 @@ def _begin(config: Config, console: Console) -> _Run:
     require_sinks(config)
     device = choose_device(config.run.device)
     loader = resolve_loader(config.data.loader)
-    check_settings(config)
+    check_settings(config, device)
     config = with_data(config)
     images = usable_images(training_images(config), config.data, console=console)
     plan = TrainPlan(len(images), config.data.batch_size, config.data.transforms, config.run.seed)
@@ -198,7 +209,11 @@ def _steps(run: _Run, monitors: Monitors, journal: Journal, request: StopRequest
         device=run.step.device,
         data=run.config.data,
     )
-    meter = Meter(run.config.data.batch_size, run.step.device)
+    meter, first = Meter(run.config.data.batch_size, run.step.device), run.done + 1
+    if monitors.due(run.done, run.last_step):
+        _look(run, monitors, journal)  # what the run begins with, for comparison
+    if run.config.step.compile:
+        run.console.print("compiling: the first step takes a minute or more")
     with closing(batches), progress_bar(run.console) as bar:
         task = bar.add_task("first step", total=run.last_step, completed=run.done)
         while run.done < run.last_step:
@@ -223,20 +238,26 @@ def _steps(run: _Run, monitors: Monitors, journal: Journal, request: StopRequest
                     f"{timing.describe(run.last_step - run.done)}, "
                     f"{memory_in_use(run.step.device)}{skipped}"
                 )
+            elif run.done == first:
+                meter.reset()  # it had all that happens once in it
             look = monitors.due(run.done, run.last_step) and not stop
             save = run.done % settings.checkpoint_every == 0 and not last
             if look or save:
                 with meter.paused():
                     _finite(journal.flush(), run.done)
                     if look:
-                        seen = monitors.look(run.objective)
-                        journal.look({"step": run.done, **seen})
-                        run.tell(", ".join(f"{name} {value:.3f}" for name, value in seen.items()))
+                        _look(run, monitors, journal)
                     if save:
                         run.save()
             if stop:
-                run.console.print(f"stopped by {stop.name}; --run.resume goes on")
+                run.console.print(f"stopped by {stop.name}")
                 return
+
+
+def _look(run: _Run, monitors: Monitors, journal: Journal) -> None:
+    seen = monitors.look(run.objective, warn=run.done > 0)
+    journal.look({"step": run.done, **seen})
+    run.tell(", ".join(f"{name} {value:.3f}" for name, value in seen.items()))
 
 
 def _record(run: _Run, journal: Journal, result: StepResult, seconds: float, waited: float) -> None:

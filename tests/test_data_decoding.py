@@ -270,7 +270,7 @@ def test_choice_of_loader(images, monkeypatch):
     assert [resolve_loader(name) for name in ("auto", "dali", "pil")] == ["dali", "dali", "pil"]
     problem = "nvidia-dali: pip install 'stopfast[dali-cuda13]'"
     monkeypatch.setattr(loader_module, "dali_problem", lambda: problem)
-    with pytest.warns(RuntimeWarning, match=r"PIL decodes.*pip install"):
+    with pytest.warns(RuntimeWarning, match=r"so PIL decodes.*pip install"):
         assert resolve_loader("auto") == "pil"
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -14,6 +14,7 @@ from stopfast.data.digits import digits_folder
 from stopfast.demo import demo, demo_configs
 from stopfast.presets import PRESETS
 from stopfast.step import TrainStep
+from stopfast.train import Stopped
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
@@ -55,9 +56,9 @@ def test_a_stopped_demo_goes_on_and_a_finished_one_is_not_made_again(
         return whole(self, images, step)
 
     monkeypatch.setattr(TrainStep, "__call__", stopped)
-    text, page = told(tmp_path)
-    assert page is None
-    assert "The same command goes on" in text
+    with pytest.raises(Stopped) as stop:
+        told(tmp_path)
+    assert stop.value.signal == signal.SIGTERM
     assert steps == [1, 2, 3, 4, 1, 2]
     assert not (tmp_path / "report.html").exists()
 

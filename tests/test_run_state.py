@@ -30,11 +30,13 @@ def test_change(section, name):
     saved = to_document(CONFIG)
     other = {**saved, section: {**saved[section], name: "another"}}
     free = name in MAY_CHANGE.get(section, ())
-    assert _differences(saved, other) == ([] if free else [f"{section}.{name}"])
+    told = f"{section}.{name}: another instead of {saved[section][name]}"
+    assert _differences(saved, other) == ([] if free else [told])
     assert free == (name in _FREE.get(section, ()))
 
 
 def test_preset_and_nothing():
     saved = to_document(CONFIG)
     assert _differences(saved, to_document(demo())) == []
-    assert _differences(saved, to_document(replace(CONFIG, preset="other"))) == ["preset"]
+    other = to_document(replace(CONFIG, preset="other"))
+    assert _differences(saved, other) == ["preset: other instead of demo"]

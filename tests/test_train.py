@@ -1,6 +1,7 @@
 """The command line from end to end: train, stop, go on, evaluate, and refuse what cannot work."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -71,7 +72,8 @@ def test_stopped_and_resumed_run_is_the_whole_run(number, workplace, monkeypatch
     assert main(["pretrain", "demo", "--run.output", "runs/whole", *SHORT]) == 0
     with monkeypatch.context() as patch:
         stop_at(patch, 7, lambda: signal.raise_signal(number))
-        assert main(["pretrain", "demo", "--run.output", "runs/parts", *SHORT]) == 0
+        status = main(["pretrain", "demo", "--run.output", "runs/parts", *SHORT])
+        assert status == 128 + number
     assert newest_checkpoint(Path("runs/parts")).name == "step-0000007"
     assert number.name in capsys.readouterr().out
     assert main(["pretrain", "demo", "--run.output", "runs/parts", *SHORT]) == 2
@@ -258,8 +260,10 @@ def test_failure(where, steps, failure, workplace, monkeypatch, capsys):
     """What fails between two steps leaves a checkpoint of those done, under their number."""
     arguments = ["pretrain", "demo", *SHORT, "--monitor.every", "7", "--data.loader", "pil"]
 
-    def fail(*_, **__):
-        raise failure("disk on fire")
+    def fail(*_, warn=True, **__):
+        if warn:  # the look that comes before the first step does not
+            raise failure("disk on fire")
+        return {}
 
     with monkeypatch.context() as patch:
         patch.setattr(where, fail)
@@ -288,6 +292,15 @@ def test_failing_logger_costs_no_run(workplace, monkeypatch):
         assert main(["pretrain", "demo", *SHORT]) == 0
     assert len([w for w in told if "no network" in str(w.message)]) == 1
     assert newest_checkpoint(Path("runs/demo")).name == "step-0000019"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_fused_on_a_cpu_is_refused_before_anything_is_written(workplace):
+    command = [sys.executable, "-m", "stopfast.cli", "pretrain", "demo", "--step.ops", "fused"]
+    free = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(command, check=False, env=free, capture_output=True, text=True)
+    assert done.returncode == 2 and "--step.ops fused cannot run on cpu" in done.stderr
+    assert not Path("runs/demo").exists()
 
 
 def test_one_process_a_run(workplace, capsys):
@@ -320,7 +333,7 @@ def test_dry_run_prints_the_settings(preset, workplace, capsys):
         (["pretrain", "demo", "--run.device", "cuda"], "CUDA"),
         (["pretrain", "demo", "--model.colour", "blue"], "colour"),
         (["pretrain", "demo", "--preset", "cifar10"], "preset"),
-        (["pretrain", "absent"], "absent"),
+        (["pretrain", "cifar"], "is it 'cifar10'?"),
         (["predict"], "usage"),
         ([], "usage"),
     ],

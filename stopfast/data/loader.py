@@ -67,7 +67,11 @@ def resolve_loader(loader: Literal["auto", "dali", "pil"]) -> Literal["dali", "p
     if loader == "dali":
         raise ValueError(f"expected NVIDIA DALI for --data.loader dali, got {problem}")
     # Shown once a process, wherever it is asked for, since the place it is said to come from is this one.
-    warnings.warn(f"PIL decodes, which is slower: {problem}", RuntimeWarning, stacklevel=1)
+    warnings.warn(
+        f"NVIDIA DALI cannot be used, so PIL decodes, slower. {problem}",
+        RuntimeWarning,
+        stacklevel=1,
+    )
     return "pil"
 
 

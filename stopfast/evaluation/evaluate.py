@@ -23,6 +23,7 @@ from stopfast.evaluation.results import (
     Evaluation,
     Measure,
     interval,
+    load_evaluation,
     print_evaluation,
     save_evaluation,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "Probe",
     "evaluate_checkpoint",
     "evaluate_checkpoints",
+    "load_evaluation",
     "print_evaluation",
     "save_evaluation",
 ]
@@ -144,7 +146,9 @@ def evaluate_checkpoints(
     where = choose_device(device)
     wanted = _OF_IMAGES & set(probes)
     if wanted and data is None:
-        raise ValueError("expected a folder of images for kNN, linear and logistic, got none")
+        raise ValueError(
+            "expected --data, a folder of images, for the probes knn, linear and logistic"
+        )
     splits = open_splits(data) if wanted and data is not None else None
     runs = {name: load_trained(path) for name, path in named.items()}
     transforms = common_transforms(runs)

@@ -135,6 +135,24 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     console.print(OUTSIDE)
 
 
+def load_evaluation(path: Path) -> Evaluation:
+    """Read what :func:`save_evaluation` wrote.
+
+    Raises:
+        ValueError: another file.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        for name in ("figures", "differences"):
+            document[name] = {
+                row: {measure: Figure(**figure) for measure, figure in by.items()}
+                for row, by in document[name].items()
+            }
+        return Evaluation(**document)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"expected what evaluate --save writes, got {path}: {error}") from None
+
+
 def save_evaluation(evaluation: Evaluation, path: Path) -> None:
     """Write an evaluation as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -170,7 +188,7 @@ def _table(
 
 def _title(measure: Measure, evaluation: Evaluation) -> str:
     if measure == "logistic":
-        return f"{evaluation.labelled_images:,} labels"
+        return f"{evaluation.labelled_images:,} labels in all"
     return MEASURES[measure].title
 
 
