@@ -14,11 +14,11 @@ from stopfast.evaluation.rows import labelled_splits
 from stopfast.objectives import Objective
 from stopfast.step import autocast
 
-_LEAST_VARIANCE = 0.01
+LEAST_VARIANCE = 0.01
 """Of target features over images and patches; their variance over channels is 1."""
 _VARIANCE_IMAGES = 64
 """Images whose patches are compared: of a large model, all patches of more would take gigabytes."""
-_LEAST_STD = 0.002
+LEAST_STD = 0.002
 """Of the images' features, where 1 is the most."""
 
 
@@ -70,7 +70,7 @@ class Monitors:
                 self._features(objective, test)[0],
                 torch.tensor(test.labels),
             )
-        fallen = seen["target_variance"] < _LEAST_VARIANCE or seen["feature_std"] < _LEAST_STD
+        fallen = seen["target_variance"] < LEAST_VARIANCE or seen["feature_std"] < LEAST_STD
         if warn and fallen:
             self._warn(seen)
         return seen
@@ -105,8 +105,8 @@ class Monitors:
         self.warned = True
         self.console.print(
             f"warning: the features have collapsed: target variance {seen['target_variance']:.4f} (below "
-            f"{_LEAST_VARIANCE} all patches look alike), feature std {seen['feature_std']:.4f} (below "
-            f"{_LEAST_STD} all images look alike); lower the learning rate, or raise the momentum of the "
+            f"{LEAST_VARIANCE} all patches look alike), feature std {seen['feature_std']:.4f} (below "
+            f"{LEAST_STD} all images look alike); lower the learning rate, or raise the momentum of the "
             "target encoder"
         )
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from stopfast.build import build_masks, build_objective
 from stopfast.config import Config
 from stopfast.masking import Masks
+from stopfast.monitors import LEAST_STD, LEAST_VARIANCE
 from stopfast.predictor import Predictor
 from stopfast.report import measures, pictures
 from stopfast.report.canvas import data_uri
@@ -77,7 +78,10 @@ def curve_section(logs: Mapping[str, list[dict[str, Any]]]) -> Section:
             " The monitors look at the target encoder. Feature std is 1 where image features point evenly "
             "in all directions, RankMe is the effective number of their dimensions, target variance the "
             "part of the targets that differs between images and places; features that collapse bring them "
-            "towards 0, 1 and 0."
+            "towards 0, 1 and 0. Step 0 is the untrained encoder: its features are mostly their mean, so "
+            "feature std and RankMe begin low. They and the target variance may fall while kNN rises; a "
+            f"run warns where features hardly differ any more (std below {LEAST_STD}, variance below "
+            f"{LEAST_VARIANCE})."
         )
     figure = pictures.draw_curves(panels, log_scale=("loss",))
     return Section(title="Training", parts=[_picture(figure, ", ".join(panels), caption, "svg")])
