@@ -21,6 +21,7 @@ from stopfast.evaluation.evaluate import (
     EvaluationSettings,
     evaluate_checkpoint,
     evaluate_checkpoints,
+    load_evaluation,
     print_evaluation,
     save_evaluation,
 )
@@ -215,6 +216,11 @@ def test_whole_evaluation(photographs, runs, tmp_path):
     assert {len(rates) for by in found.rates.values() for rates in by.values()} == {2}
     assert found == evaluate_checkpoint(runs["a"], photographs, settings=SETTINGS, device="cpu")
     save_evaluation(found, tmp_path / "new" / "result.json")
+    assert load_evaluation(tmp_path / "new" / "result.json") == found
+    (tmp_path / "other.json").write_text("{}")
+    for other in ("other.json", "absent.json"):
+        with pytest.raises(ValueError, match=f"expected a file of evaluate --save, got .*{other}"):
+            load_evaluation(tmp_path / other)
     saved = json.loads((tmp_path / "new" / "result.json").read_text())
     assert saved["which"] == "target_encoder"
     assert saved["figures"]["trained"]["knn"]["value"] == found.figures["trained"]["knn"].value

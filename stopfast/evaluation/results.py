@@ -149,8 +149,8 @@ def load_evaluation(path: Path) -> Evaluation:
                 for row, by in document[name].items()
             }
         return Evaluation(**document)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"expected what evaluate --save writes, got {path}: {error}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"expected a file of evaluate --save, got {path}: {error}") from None
 
 
 def save_evaluation(evaluation: Evaluation, path: Path) -> None:
