@@ -43,12 +43,16 @@ class Journal:
     Args:
         folder: of the run; it exists.
         done: steps that the checkpoint has done; rows of later ones are removed, since they come again.
+            Without any, the record of an attempt that left no checkpoint is removed.
         sinks: where else the rows go.
     """
 
     def __init__(self, folder: Path, done: int, sinks: Sequence[Sink] = ()) -> None:
         self.folder, self.sinks = folder, list(sinks)
         self._held: list[tuple[dict[str, Any], Tensor]] = []
+        if not done:
+            for name in (STEPS, LOOKS, LINES):
+                (folder / name).unlink(missing_ok=True)
         for name in (STEPS, LOOKS):
             _cut(folder / name, done, lambda line: line.partition(",")[0])
         _cut(folder / LINES, done, lambda line: str(json.loads(line)["step"]))
@@ -66,6 +70,13 @@ class Journal:
         self._held.clear()
         self._write(STEPS, list(rows[0]), rows)
         return losses
+
+    def looked(self, step: int) -> bool:
+        """Whether a look after this step is written."""
+        path = self.folder / LOOKS
+        if not path.exists():
+            return False
+        return any(line.startswith(f"{step},") for line in path.read_text().splitlines())
 
     def look(self, row: Mapping[str, float]) -> None:
         """Write what the monitors saw, ``step`` first."""

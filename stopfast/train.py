@@ -18,7 +18,7 @@ from stopfast.data.digits import digits_folder
 from stopfast.data.images import Images, open_images, split_folder
 from stopfast.data.loader import TrainPlan, resolve_loader, train_batches
 from stopfast.data.scan import usable_images
-from stopfast.journal import Journal, open_sinks, require_sinks
+from stopfast.journal import STEPS, Journal, open_sinks, require_sinks
 from stopfast.monitors import Monitors
 from stopfast.objectives.jepa import Jepa
 from stopfast.progress import Meter, StopRequest, memory_in_use, progress_bar, stop_request
@@ -98,6 +98,8 @@ def pretrain(config: Config, console: Console) -> Path:
             f"{config.noise.variant} on {run.step.device}, {config.step.precision}, "
             f"ops {run.objective.ops.name}"
         )
+        if not run.done and (run.output / STEPS).exists():
+            console.print(f"no checkpoint in {run.output}: its record is begun anew")
         journal = Journal(run.output, run.done, open_sinks(run.config, run.output, run.done))
         with closing(journal), stop_request() as request:
             path = _train(run, monitors, journal, request)
@@ -210,8 +212,8 @@ def _steps(run: _Run, monitors: Monitors, journal: Journal, request: StopRequest
         data=run.config.data,
     )
     meter, first = Meter(run.config.data.batch_size, run.step.device), run.done + 1
-    if monitors.due(run.done, run.last_step):
-        _look(run, monitors, journal)  # what the run begins with, for comparison
+    if monitors.due(run.done, run.last_step) and not journal.looked(run.done):
+        _look(run, monitors, journal)  # what it begins with, or what a request to stop left out
     if run.config.step.compile:
         run.console.print("compiling: the first step takes a minute or more")
     with closing(batches), progress_bar(run.console) as bar:

@@ -108,6 +108,7 @@ def test_killed_run_goes_on_from_its_last_checkpoint(loader, workplace):
     The losses of all steps and the final weights are bit by bit those of the run that nobody killed.
     """
     arguments = ["pretrain", "demo", *SHORT, *AUGMENTED, "--data.loader", loader]
+    arguments += ["--monitor.every", "5"]  # a look falls on the step of the last checkpoint
     killed = [*arguments, "--run.checkpoint-every", "5", "--run.log-every", "1"]
     done = subprocess.run([sys.executable, "-c", KILLED, *killed], check=False)
     assert done.returncode == -signal.SIGKILL
@@ -118,6 +119,8 @@ def test_killed_run_goes_on_from_its_last_checkpoint(loader, workplace):
     whole, parts = final_state("runs/whole"), final_state("runs/demo")
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
     assert losses("runs/demo") == losses("runs/whole") and len(losses("runs/whole")) == 19
+    looks = [(Path(run) / "monitors.csv").read_text() for run in ("runs/demo", "runs/whole")]
+    assert looks[0] == looks[1] and looks[0].count("\n") == 6
 
 
 def losses(run: str) -> list[tuple[int, float]]:
@@ -273,6 +276,8 @@ def test_failure(where, steps, failure, workplace, monkeypatch, capsys):
     assert names == ([] if steps is None else [f"step-{steps:07d}"])
     if steps == 7:
         assert main([*arguments, "--run.resume"]) == 0
+        looks = (Path("runs/demo") / "monitors.csv").read_text().splitlines()[1:]
+        assert [line.partition(",")[0] for line in looks] == ["0", "7", "14", "19"]
         assert main([*arguments, "--run.output", "runs/whole"]) == 0
         whole, parts = final_state("runs/whole"), final_state("runs/demo")
         assert all(torch.equal(value, parts[name]) for name, value in whole.items())

@@ -33,5 +33,5 @@ def unreadable(images: Images, reasons: dict[str, str]) -> ValueError:
     listed = ", ".join(f"{name} ({reason})" for name, reason in reasons.items())
     return ValueError(
         f"{images.root}: expected images that can be decoded, got {listed}; repair or remove them, "
-        "or leave such images out with --data.broken skip"
+        "or leave such images out with --data.broken skip (evaluate: --broken skip)"
     )

@@ -90,7 +90,7 @@ def usable_images(
     if data.broken == "refuse":
         raise ValueError(
             f"expected images that can be decoded, got {count} that cannot:{listed}{more}\n"
-            "repair or remove them, or leave them out with --data.broken skip"
+            "repair or remove them, or leave them out with --data.broken skip (evaluate: --broken skip)"
         )
     if len(broken) > data.max_broken * len(images) or len(broken) == len(images):
         raise ValueError(

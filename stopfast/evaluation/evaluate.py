@@ -84,7 +84,6 @@ def evaluate_checkpoint(
     which: Which = "target_encoder",
     probes: Sequence[Probe] = DEFAULT_PROBES,
     device: str = "auto",
-    threads: int | None = None,
     settings: EvaluationSettings | None = None,
     console: Console | None = None,
 ) -> Evaluation:
@@ -95,7 +94,6 @@ def evaluate_checkpoint(
         which=which,
         probes=probes,
         device=device,
-        threads=threads,
         settings=settings,
         console=console,
     )
@@ -108,7 +106,6 @@ def evaluate_checkpoints(
     which: Which = "target_encoder",
     probes: Sequence[Probe] = DEFAULT_PROBES,
     device: str = "auto",
-    threads: int | None = None,
     settings: EvaluationSettings | None = None,
     console: Console | None = None,
 ) -> Evaluation:
@@ -128,7 +125,6 @@ def evaluate_checkpoints(
         which: which of the two trained encoders; the published results are the target encoder's.
         probes: which probes, each once.
         device: ``auto``, ``cpu`` or ``cuda``.
-        threads: that decode; default: those of the settings.
         settings: the rest; default ``EvaluationSettings()``.
         console: where it is told which images are left out and, on a terminal, how far it has come.
 
@@ -140,8 +136,6 @@ def evaluate_checkpoints(
     settings = settings or EvaluationSettings()
     _require_probes(probes)
     extraction = settings.extraction
-    if threads is not None:
-        extraction = replace(extraction, threads=threads)
     named = name_checkpoints(checkpoints)
     where = choose_device(device)
     wanted = _OF_IMAGES & set(probes)
