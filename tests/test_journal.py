@@ -110,3 +110,15 @@ def test_looks_keep_their_columns(tmp_path):
 def test_a_missing_logger_is_told():
     with pytest.raises(ValueError, match=r"expected wandb .*pip install 'stopfast\[wandb\]'"):
         require_sinks(replace(CONFIG, run=replace(CONFIG.run, wandb="project")))
+
+
+def test_attempt_without_a_checkpoint_is_begun_anew(tmp_path):
+    for rate in (1, 2):
+        journal = Journal(tmp_path, 0)
+        journal.look({"step": 0, "rankme": float(rate)})
+        assert journal.looked(0) and not journal.looked(1)
+        journal.step({"step": 1, "lr": float(rate)}, torch.tensor(0.5))
+        journal.close()
+    assert rows_of(tmp_path / "log.csv") == [{"step": 1, "lr": 2.0, "loss": 0.5}]
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1]
