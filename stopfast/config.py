@@ -226,9 +226,32 @@ class StepConfig:
     """Backend of attention; ``auto`` is that of the operations."""
     compile: bool = False
     """Compile the blocks with torch.compile."""
+    skip_unused: bool = True
+    """Leave out what nothing reads; gradients are the same."""
+    bucket: int = 1
+    """Round the lengths of contexts and targets up to multiples of this and pad; 1 for none. The numbers
+    are the same, and there are far fewer shapes."""
+    ahead: bool = True
+    """Draw the next step's masks while this one is computed."""
+    copies: bool = False
+    """Compute with bf16 copies of the weights that the optimiser writes, instead of casting them in every
+    step; for bf16, with ``--optim.optimizer adamw_ema``."""
+    target_stream: bool = False
+    """Run the target encoder beside the context encoder, on a CUDA stream of its own."""
+    graphs: bool = False
+    """Replay whole steps, update included, as CUDA graphs: one for each shape, so with a bucket."""
 
     def __post_init__(self) -> None:
         _require(self.accumulate > 0, f"expected accumulate > 0, got {self.accumulate}")
+        _require(self.bucket > 0, f"expected bucket > 0, got {self.bucket}")
+        _require(
+            not self.copies or self.precision == "bf16",
+            f"expected precision bf16 with copies, got {self.precision}",
+        )
+        _require(
+            not self.graphs or self.precision != "fp16",
+            "expected precision fp32 or bf16 with graphs, got fp16, whose skipped steps the host has to see",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
