@@ -250,7 +250,7 @@ class StepConfig:
         )
         _require(
             not self.graphs or self.precision != "fp16",
-            "expected precision fp32 or bf16 with graphs, got fp16, whose skipped steps the host has to see",
+            "expected precision fp32 or bf16 with graphs, got fp16, whose skips the host must see",
         )
 
 
