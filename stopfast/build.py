@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
@@ -29,6 +30,35 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
+
+
+_BUCKET = 8
+"""Lengths in multiples of this: 8 shapes on a grid of 14 x 14, for 6 % more tokens."""
+
+
+def fastest(config: Config, device: torch.device) -> Config:
+    """Return settings with every switch on that makes a step faster on a device at equal numbers.
+
+    On a GPU: our attention, which takes padded lengths; the update in one kernel; compiled blocks, which
+    fuse what lies between the products; buckets of lengths; masks drawn ahead; the target encoder on a
+    stream of its own; steps as CUDA graphs (unless in fp16, where the host has to see skipped steps); and
+    in bf16 compute copies of the weights. On the CPU nothing is launch-bound, and what leaves out
+    unused work is all that helps.
+    """
+    step = replace(config.step, fast=True, skip_unused=True, ahead=True)
+    if device.type != "cuda":
+        return replace(config, step=step)
+    step = replace(
+        step,
+        ops="auto",
+        attention="triton",
+        compile=True,
+        bucket=_BUCKET,
+        copies=step.precision == "bf16",
+        target_stream=True,
+        graphs=step.precision != "fp16",
+    )
+    return replace(config, step=step, optim=replace(config.optim, optimizer="adamw_ema"))
 
 
 @contextmanager
@@ -61,6 +91,7 @@ def build_encoder(config: Config) -> VisionTransformer:
         norm_layer=published_norm,
         init_rescale=model.init_rescale,
         checkpointing=config.step.checkpointing,
+        skip_unused=config.step.skip_unused,
         ops=step_ops(config),
     )
 
@@ -80,6 +111,7 @@ def build_predictor(config: Config) -> Predictor:
         grid_size=grid,
         init_rescale=model.init_rescale,
         checkpointing=config.step.checkpointing,
+        skip_unused=config.step.skip_unused,
         ops=step_ops(config),
         **dataclasses.asdict(config.noise),
     )
@@ -152,6 +184,7 @@ def build_objective(config: Config, steps_per_epoch: int) -> Jepa:
         clip=optim.clip,
         clip_norm=optim.clip_norm,
         clip_encoder_only=optim.clip_encoder_only,
+        skip_unused=config.step.skip_unused,
         ops=step_ops(config),
     )
 

@@ -12,7 +12,7 @@ import tyro
 from rich.console import Console
 
 from stopfast import env
-from stopfast.build import choose_device
+from stopfast.build import choose_device, fastest
 from stopfast.config import Config, to_document
 from stopfast.demo import demo
 from stopfast.evaluation.evaluate import (
@@ -163,6 +163,8 @@ def run_pretrain(arguments: Sequence[str]) -> int:
             f"got {first!r}{meant}"
         )
     config = tyro.cli(Config, default=begin, prog=f"stopfast pretrain {first}", args=rest)
+    if config.step.fast:
+        config = fastest(config, choose_device(config.run.device))
     if config.run.dry_run:
         console.print_json(json.dumps(to_document(config)))
         return 0

@@ -36,7 +36,18 @@ _FREE = {
     ),
     # Which images there are is told by their fingerprint, wherever they lie; what decodes, by its name.
     "data": ("root", "threads", "loader", "hardware_share", "broken", "max_broken"),
-    "step": ("ops", "attention", "compile"),
+    "step": (
+        "fast",
+        "ops",
+        "attention",
+        "compile",
+        "skip_unused",
+        "bucket",
+        "ahead",
+        "copies",
+        "target_stream",
+        "graphs",
+    ),
     "optim": ("optimizer",),
     "monitor": ("every", "images", "labelled", "labelled_images"),
 }

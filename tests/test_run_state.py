@@ -19,7 +19,8 @@ MAY_CHANGE = {
     "run": {"output", "resume", "dry_run", "device", "log_every", "checkpoint_every", "tensorboard"}
     | {"wandb"},
     "data": {"root", "threads", "loader", "hardware_share", "broken", "max_broken"},
-    "step": {"ops", "attention", "compile"},
+    "step": {"fast", "ops", "attention", "compile", "skip_unused", "bucket", "ahead", "copies"}
+    | {"target_stream", "graphs"},
     "optim": {"optimizer"},
     "monitor": {"every", "images", "labelled", "labelled_images"},
 }
