@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 NormLayer = Callable[[int], nn.Module]
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""q, k and v [B, heads, N, d], and what is added to the scores [1, 1, 1, N], if anything."""
 Checkpointing = Literal["none", "full", "early"]
 layer_norm_1e6 = partial(nn.LayerNorm, eps=1e-6)
 
@@ -57,24 +59,32 @@ def as_list(masks: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return [masks] if isinstance(masks, Tensor) else list(masks)
 
 
+def library_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """Attention by torch's own kernels."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
 class Attention(nn.Module):
+    """Self-attention; `bias` keeps keys out that only fill a sequence up, which no program published."""
+
     def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool, sdpa: bool) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
-        self.sdpa = sdpa
+        self.attend: Attend | None = library_attention if sdpa else None
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         batch, tokens, dim = x.shape
         packed = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads)
         q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
         weights = None
-        if self.sdpa:
-            mixed = F.scaled_dot_product_attention(q, k, v)
+        if self.attend is not None:
+            mixed = self.attend(q, k, v, bias)
         else:
-            weights = ((q @ k.transpose(-2, -1)) * self.scale).softmax(dim=-1)
+            scores = (q @ k.transpose(-2, -1)) * self.scale
+            weights = (scores if bias is None else scores + bias).softmax(dim=-1)
             mixed = weights @ v
         return self.proj(mixed.transpose(1, 2).reshape(batch, tokens, dim)), weights
 
@@ -110,11 +120,11 @@ class Block(nn.Module):
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         run = nn.Module.__call__
         if self.checkpointing != "none":
             run = partial(checkpoint, use_reentrant=self.checkpointing == "full")
-        mixed, _ = run(self.attn, self.norm1(x))
+        mixed, _ = run(self.attn, self.norm1(x), bias)
         x = x + mixed
         return x + run(self.mlp, self.norm2(x))
 
@@ -170,14 +180,18 @@ class PublishedEncoder(nn.Module):
         _initialise(self)
 
     def forward(
-        self, images: Tensor, masks: Tensor | Sequence[Tensor] | None = None, K: int = 1
+        self,
+        images: Tensor,
+        masks: Tensor | Sequence[Tensor] | None = None,
+        K: int = 1,
+        bias: Tensor | None = None,
     ) -> Tensor:
         x = self.patch_embed(images) + self.pos_embed
         if masks is not None:
             x = torch.cat(gather_tokens(x, as_list(masks)))
         last = []
         for index, block in enumerate(self.blocks):
-            x = block(x)
+            x = block(x, bias)
             if index >= len(self.blocks) - K:
                 last.append(self.norm(x))
         return torch.stack(last).mean(0) if K > 1 else last[0]
@@ -234,6 +248,7 @@ class PublishedPredictor(nn.Module):
         masks_x: Tensor | Sequence[Tensor],
         masks: Tensor | Sequence[Tensor],
         noise: Sequence[Tensor] | None = None,
+        bias: Tensor | None = None,
     ) -> Tensor:
         """Predict [M * E * B, K_y, embed_dim], ordered target block, context copy, image.
 
@@ -245,7 +260,7 @@ class PublishedPredictor(nn.Module):
         queries = self._queries(masks, len(masks_x), noise)
         tokens = torch.cat([context.repeat(len(masks), 1, 1), queries], dim=1)
         for block in self.predictor_blocks:
-            tokens = block(tokens)
+            tokens = block(tokens, bias)
         return self.predictor_proj(self.predictor_norm(tokens)[:, context.shape[1] :])
 
     def _positions(self, masks: list[Tensor]) -> list[Tensor]:
