@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,30 @@ from stopfast.kernels.ops import Ops
 NormLayer = Callable[[int], nn.Module]
 Rows = int | Tensor
 """Which tokens of a sequence are wanted: those from a number on, or an int64 index [B, R]."""
+
+
+class Slots(NamedTuple):
+    """Which tokens of a sequence are real, where both of its parts are padded."""
+
+    lengths: Tensor
+    """int32 [2] on the tokens' device: real context and target tokens, the same in every sequence."""
+    context: int
+    """How many of the tokens, the first, are slots of the context; the others are the target's."""
+
+    @classmethod
+    def of(cls, lengths: Tensor | None, context: int) -> "Slots | None":
+        """Return the slots of padded sequences, None where no lengths say that anything is padding.
+
+        Raises:
+            ValueError: lengths that are not int32 [2].
+        """
+        if lengths is None:
+            return None
+        if lengths.shape != (2,) or lengths.dtype != torch.int32:
+            raise ValueError(
+                f"expected lengths as int32 (2,), got {lengths.dtype} {tuple(lengths.shape)}"
+            )
+        return cls(lengths, context)
 
 
 def take_rows(x: Tensor, rows: Rows) -> Tensor:
@@ -80,15 +104,20 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """All tokens attend to all tokens; x [B, N, C] to [B, N, C]."""
-        return self.attend(self.qkv(x))
+    def forward(self, x: Tensor, slots: Slots | None = None) -> Tensor:
+        """All real tokens attend to all real tokens; x [B, N, C] to [B, N, C]."""
+        return self.attend(self.qkv(x), slots=slots)
 
-    def attend(self, packed: Tensor, queries: Tensor | None = None) -> Tensor:
+    def attend(
+        self, packed: Tensor, queries: Tensor | None = None, slots: Slots | None = None
+    ) -> Tensor:
         """Attention and output projection, of all tokens or of ``queries``; see ``Ops.attention``."""
-        return self.proj(self.ops.attention(packed, self.num_heads, self.scale, queries))
+        lengths, context = slots or (None, 0)
+        return self.proj(
+            self.ops.attention(packed, self.num_heads, self.scale, queries, lengths, context)
+        )
 
-    def forward_rows(self, x: Tensor, rows: Rows) -> Tensor:
+    def forward_rows(self, x: Tensor, rows: Rows, slots: Slots | None = None) -> Tensor:
         """As ``forward(x)`` taken at ``rows``, without queries and projections of the other tokens."""
         weight, bias = self.qkv.weight, self.qkv.bias
         width = self.proj.in_features
@@ -96,7 +125,7 @@ class Attention(nn.Module):
             take_rows(x, rows), weight[:width], None if bias is None else bias[:width]
         )
         kv = nn.functional.linear(x, weight[width:], None if bias is None else bias[width:])
-        return self.attend(kv, q)
+        return self.attend(kv, q, slots)
 
 
 class Mlp(nn.Module):
@@ -117,6 +146,9 @@ class Block(nn.Module):
     """``x += attn(norm1(x)); x += mlp(norm2(x))``, whole or for the tokens that somebody reads.
 
     With ``checkpointing`` a block's activations are recomputed in backward; nothing in it is random.
+
+    Where ``slots`` say that tokens are padding, these influence no real token, and as long as they are
+    finite and nothing reads their outputs they add nothing to any gradient.
     """
 
     def __init__(
@@ -139,11 +171,19 @@ class Block(nn.Module):
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), ops)
 
-    def forward(self, x: Tensor, rows: Rows | None = None) -> Tensor:
-        """x [B, N, C] to [B, N, C], or to the wanted [B, R, C] alone."""
-        return self._run(self._forward, x, rows)
+    def forward(self, x: Tensor, rows: Rows | None = None, slots: Slots | None = None) -> Tensor:
+        """x [B, N, C] to [B, N, C], or to the wanted [B, R, C] alone.
 
-    def forward_shared(self, x: Tensor, contexts: int, kept: int, queries_only: bool) -> Tensor:
+        Raises:
+            ValueError: wanted rows of padded sequences that are not the target's slots.
+        """
+        if slots and rows is not None and (isinstance(rows, Tensor) or rows != slots.context):
+            raise ValueError("expected the target's slots as the rows of padded sequences")
+        return self._run(self._forward, x, rows, slots)
+
+    def forward_shared(
+        self, x: Tensor, contexts: int, kept: int, queries_only: bool, slots: Slots | None = None
+    ) -> Tensor:
         """The block on sequences that begin with the same contexts, normed and projected once.
 
         Args:
@@ -151,11 +191,12 @@ class Block(nn.Module):
             contexts: R.
             kept: Kx.
             queries_only: whether only the queries' outputs are wanted.
+            slots: which tokens are real; its context slots are Kx.
 
         Returns:
             [M * R, Kx + Ky, C], or [M * R, Ky, C].
         """
-        return self._run(self._forward_shared, x, contexts, kept, queries_only)
+        return self._run(self._forward_shared, x, contexts, kept, queries_only, slots)
 
     def compile_parts(self) -> None:
         """Compile what the block computes, for sequences of any length; keys and weights stay."""
@@ -167,13 +208,15 @@ class Block(nn.Module):
             return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)  # type: ignore[return-value]
         return function(*args)
 
-    def _forward(self, x: Tensor, rows: Rows | None) -> Tensor:
+    def _forward(self, x: Tensor, rows: Rows | None, slots: Slots | None) -> Tensor:
         normed = self._normed(self.norm1, x)
         if rows is None:
-            return self._add(x, self.attn(normed))
-        return self._add(take_rows(x, rows), self.attn.forward_rows(normed, rows))
+            return self._add(x, self.attn(normed, slots))
+        return self._add(take_rows(x, rows), self.attn.forward_rows(normed, rows, slots))
 
-    def _forward_shared(self, x: Tensor, contexts: int, kept: int, queries_only: bool) -> Tensor:
+    def _forward_shared(
+        self, x: Tensor, contexts: int, kept: int, queries_only: bool, slots: Slots | None
+    ) -> Tensor:
         blocks, width = len(x) // contexts, x.shape[-1]
         queries = x[:, kept:]
         shared = self.attn.qkv(self._normed(self.norm1, x[:contexts, :kept]))
@@ -184,9 +227,9 @@ class Block(nn.Module):
             return torch.cat([repeated, own.unflatten(0, (blocks, -1))], dim=2).flatten(0, 1)
 
         if not queries_only:
-            return self._add(x, self.attn.attend(pack(shared, own)))
+            return self._add(x, self.attn.attend(pack(shared, own), slots=slots))
         packed = pack(shared[..., width:], own[..., width:])
-        return self._add(queries, self.attn.attend(packed, own[..., :width]))
+        return self._add(queries, self.attn.attend(packed, own[..., :width], slots))
 
     def _normed(self, norm: nn.Module, x: Tensor) -> Tensor:
         return self._sum_normed(norm, x, None)[1]

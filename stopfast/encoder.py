@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from stopfast.block import (
     Block,
     NormLayer,
+    Slots,
     init_weights,
     norm_config,
     norm_factory,
@@ -156,6 +157,7 @@ class VisionTransformer(nn.Module, HubMixin):
         K: int = 1,
         *,
         rows: Tensor | None = None,
+        lengths: Tensor | None = None,
     ) -> Tensor:
         """Encode images, or the patches of each mask.
 
@@ -165,21 +167,28 @@ class VisionTransformer(nn.Module, HubMixin):
             K: average the normed outputs of the last K blocks (the published StoP's argument).
             rows: int64 [B or E * B, R]; only these tokens of the result are wanted, and the last
                 block computes no others.
+            lengths: int32 [2] on the device; only the first ``lengths[0]`` tokens of each mask are real,
+                as :func:`stopfast.buckets.pad_to_bucket` leaves them. The others, whose index has to
+                name some patch, influence nothing, and what is returned for them is to be ignored.
 
         Returns:
             [B, N, D], or [E * B, Kx, D] in the order (mask, image); R tokens with ``rows``.
 
         Raises:
-            ValueError: images of another shape, or a K outside 1..depth.
+            ValueError: images of another shape, a K outside 1..depth, or lengths without masks or
+                with ``rows``.
         """
         if not 1 <= K <= len(self.blocks):
             raise ValueError(f"expected K in 1..{len(self.blocks)}, got {K}")
+        if lengths is not None and (masks is None or rows is not None):
+            raise ValueError("expected lengths with masks, and without rows")
         x = self._embed(images, None if masks is None else as_list(masks))
+        slots = Slots.of(lengths, x.shape[1])
         outputs = []
         for number, block in enumerate(self.blocks, start=1):
             last = number == len(self.blocks)
             wanted = rows if last and self.skip_unused else None
-            x = block(x, wanted)
+            x = block(x, wanted, slots)
             if number > len(self.blocks) - K:
                 taken = x if rows is None or wanted is not None else take_rows(x, rows)
                 outputs.append(self.norm(taken))

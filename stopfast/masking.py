@@ -4,6 +4,7 @@ import math
 import multiprocessing
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -20,8 +21,10 @@ from stopfast.kernels.ops import (
     ops_on,
     resolve_ops,
 )
+from stopfast.mask_tables import BlockTables, first_positions
 from stopfast.philox import words
 from stopfast.pos_embed import Grid
+from stopfast.transfers import SideStream, filled_pair, read, send
 
 Range = tuple[float, float]
 Truncate = Literal["first", "random"]
@@ -32,12 +35,14 @@ _KEEP_STREAM = 1 << 32  # numpy's random numbers that choose what a context keep
 
 
 class Masks(NamedTuple):
-    """Index tensors of one batch: int64, ascending raster order within each row."""
+    """Index tensors of one batch: int64, ascending raster order within each row, then any padding."""
 
     context: list[Tensor]
     """E tensors [B, Kx]."""
     target: list[Tensor]
     """M tensors [B, Ky]."""
+    lengths: Tensor | None = None
+    """int32 [2] on the device: how many of the Kx and of the Ky are no padding. None for all."""
 
 
 class Sizes(NamedTuple):
@@ -137,7 +142,8 @@ class MultiBlockMasks:
         self.truncate, self.truncate_over = truncate, truncate_over
         self.seed = seed
         self.ops = resolve_ops(ops)
-        self._known: dict[tuple[Grid, torch.device], _Tables] = {}
+        self._known: dict[Grid, BlockTables] = {}
+        self._beside = SideStream(priority=-1)
         self._check_sizes()
 
     def _check_sizes(self) -> None:
@@ -177,7 +183,9 @@ class MultiBlockMasks:
         """Return the masks of images ``start:stop`` of a batch of ``batch_size``.
 
         With ``truncate_over="global"`` the length is that of the whole batch, whichever part is asked
-        for. Reading the length waits for the device once.
+        for. On a GPU nothing waits for what it was given to do before: masks of the host are copied in
+        their turn, and those of the fused operation are drawn on a stream of their own, whose numbers
+        of patches are waited for.
 
         Raises:
             ValueError: an empty or outlying part of the batch.
@@ -187,14 +195,13 @@ class MultiBlockMasks:
             raise ValueError(f"expected 0 <= start < stop <= {batch_size}, got {start} and {stop}")
         images = range(start, stop) if self.truncate_over == "local" else range(batch_size)
         part = slice(start - images.start, stop - images.start)
-        operation = ops_on(self.ops, torch.device(device)).multiblock_masks
+        device = torch.device(device)
+        operation = ops_on(self.ops, device).multiblock_masks
         if operation is FUSED.multiblock_masks and self.truncate == "first":
-            ids = torch.arange(images.start, images.stop, device=device)
-            return self._on_device(ids, part, iteration)
+            return self._on_device(images, part, iteration, device)
         target, context = self.sizes(iteration)
         places = self._places(images, iteration, 0, [target] * self.npred + [context] * self.nenc)
-        places = places.to(device, non_blocking=True)
-        tables = self._tables(target, places.device), self._tables(context, places.device)
+        tables = self._tables(target), self._tables(context)
         targets, contexts = places.split([self.npred, self.nenc], dim=1)
         binding = 0 if self.allow_overlap else self.npred
         member = tables[1].without(contexts, self._covered(tables[0], targets, binding))
@@ -205,23 +212,29 @@ class MultiBlockMasks:
         if self.truncate_over == "global":
             member, rank, targets = member[part], rank[part], targets[part]
         if self.truncate == "first":
-            index = _first(member, rank, kept)
+            index = first_positions(member, rank, kept)
         else:
             index = self._random_subset(member, kept, batch_size, iteration, slice(start, stop))
         raster = targets[:, :, None] + tables[0].inside
-        return Masks(list(index.unbind(1)), list(raster.unbind(1)))
+        return Masks(list(send(index, device).unbind(1)), list(send(raster, device).unbind(1)))
 
-    def _on_device(self, ids: Tensor, part: slice, iteration: int) -> Masks:
+    def _on_device(self, images: range, part: slice, iteration: int, device: torch.device) -> Masks:
         settings = MaskSettings(
             self.grid, self.nenc, self.npred, self.min_keep, self.allow_overlap, self.edge_inclusive
         )
-        seed = torch.tensor([self.seed, iteration], device=ids.device)
-        sizes = self.sizes(iteration)
-        targets, contexts, counts = FUSED.multiblock_masks(seed, ids, *sizes, settings)
-        read = [counts.min()]
-        if not self.allow_overlap:
-            read.append(_overlap(targets, contexts, read[0], math.prod(self.grid)))
-        kept, *overlap = torch.stack(read).tolist()
+        gpu = device.type == "cuda"
+        with self._beside.beside(device, after=False) if gpu else nullcontext():
+            seed = filled_pair(self.seed, iteration, device, torch.int64)
+            ids = torch.arange(images.start, images.stop, device=device)
+            targets, contexts, counts = FUSED.multiblock_masks(
+                seed, ids, *self.sizes(iteration), settings
+            )
+            found = [counts.min()]
+            if not self.allow_overlap:
+                found.append(_overlap(targets, contexts, found[0], math.prod(self.grid)))
+            kept, *overlap = read(torch.stack(found))
+        if gpu:
+            self._beside.join(device, targets, contexts)
         if any(overlap):
             self._warn_of_overlap()
         cut, targets = contexts[:, part, :kept].contiguous(), targets[:, part].contiguous()
@@ -242,14 +255,14 @@ class MultiBlockMasks:
         corners = (drawn * span.astype(np.uint64) >> np.uint64(32)).view(np.int64)
         return torch.from_numpy(corners[..., 0] * self.grid[1] + corners[..., 1])
 
-    def _tables(self, block: Grid, device: torch.device) -> "_Tables":
+    def _tables(self, block: Grid) -> BlockTables:
         """What a block covers, for each place: there are few sizes, so each is worked out once."""
-        if (block, device) not in self._known:
-            self._known[block, device] = _Tables.of(block, self.grid, device)
-        return self._known[block, device]
+        if block not in self._known:
+            self._known[block] = BlockTables.of(block, self.grid)
+        return self._known[block]
 
     @staticmethod
-    def _covered(table: "_Tables", targets: Tensor, binding: int) -> Tensor:
+    def _covered(table: BlockTables, targets: Tensor, binding: int) -> Tensor:
         """What the first ``binding`` targets of each image cover: words [B, W]."""
         rows = table.words.index_select(0, targets[:, :binding].flatten())
         covered = table.words.new_zeros(len(targets), table.words.shape[1])
@@ -261,7 +274,7 @@ class MultiBlockMasks:
     def _redraw(
         self,
         member: Tensor,
-        tables: tuple["_Tables", "_Tables"],
+        tables: tuple[BlockTables, BlockTables],
         targets: Tensor,
         context: Grid,
         images: range,
@@ -277,7 +290,7 @@ class MultiBlockMasks:
                 self._warn_of_overlap()
             places = self._places(images, iteration, attempt, [context] * self.nenc, self.npred)
             covered = self._covered(tables[0], targets, self.npred - dropped)
-            drawn = tables[1].without(places.to(member.device), covered)
+            drawn = tables[1].without(places, covered)
             member = torch.where(member.sum(-1, keepdim=True) <= self.min_keep, drawn, member)
             rank = member.cumsum(-1, dtype=torch.int16)
             kept = int(rank[..., -1].min())
@@ -299,46 +312,8 @@ class MultiBlockMasks:
         bits = np.random.Philox(key=self.seed, counter=[0, _KEEP_STREAM, iteration, 0])
         generator = np.random.Generator(bits)
         keys = generator.random((batch_size, *member.shape[1:]), dtype=np.float32)[part]
-        ranked = torch.from_numpy(keys).to(member.device).masked_fill_(~member, -1.0)
+        ranked = torch.from_numpy(keys).masked_fill_(~member, -1.0)
         return ranked.topk(kept, dim=-1).indices.sort(-1).values
-
-
-class _Tables(NamedTuple):
-    """A block of one size at every place of the grid."""
-
-    words: Tensor
-    """int64 [N, W]: eight patches a word, each a byte that is 1 where the block at that place covers it.
-    Words are an eighth of the work of single patches; the last one is filled up with zeros."""
-    inside: Tensor
-    """int64 [height * width]: the block's positions, counted from its top left one."""
-
-    @classmethod
-    def of(cls, block: Grid, grid: Grid, device: torch.device) -> "_Tables":
-        inside = []
-        for side, size in zip(grid, block, strict=True):
-            offset = torch.arange(side, device=device) - torch.arange(side, device=device)[:, None]
-            inside.append((offset >= 0) & (offset < size))
-        cover = inside[0][:, None, :, None] & inside[1][None, :, None, :]
-        cover = torch.nn.functional.pad(cover.flatten(2).flatten(0, 1), (0, -math.prod(grid) % 8))
-        rows = torch.arange(block[0], device=device) * grid[1]
-        places = (rows[:, None] + torch.arange(block[1], device=device)).flatten()
-        return cls(cover.view(torch.int64), places)
-
-    def without(self, places: Tensor, covered: Tensor) -> Tensor:
-        """Patches of blocks at places [B, E], less what is covered [B, W]: bool [B, E, 8 * W]."""
-        return (self.words[places] & ~covered[:, None]).view(torch.bool)
-
-
-def _first(member: Any, rank: Any, kept: int) -> Tensor:  # noqa: ANN401
-    """Positions of the first ``kept`` true of each row of [B, E, N], by their running count."""
-    rows, patches, device = member.shape[:2], member.shape[2], member.device
-    host = device.type == "cpu"
-    if host:  # numpy compares and searches six times as fast as torch
-        member, rank = member.numpy(), rank.numpy()
-    wanted = member & (rank <= kept)
-    found = torch.from_numpy(np.flatnonzero(wanted)) if host else wanted.flatten().nonzero()
-    start = torch.arange(0, rows.numel() * patches, patches, device=device)
-    return found.view(*rows, kept) - start.view(*rows, 1)
 
 
 def _overlap(targets: Tensor, contexts: Tensor, shortest: Tensor, patches: int) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from stopfast.block import (
     Block,
     NormLayer,
+    Slots,
     init_weights,
     norm_config,
     norm_factory,
@@ -158,6 +159,7 @@ class Predictor(nn.Module, HubMixin):
         noise_context: Tensor | None = None,
         seed: Tensor | int | None = None,
         sample_ids: Tensor | None = None,
+        lengths: Tensor | None = None,
     ) -> Tensor:
         """Predict the features at each target mask from each context.
 
@@ -175,6 +177,10 @@ class Predictor(nn.Module, HubMixin):
                 draw in the recomputation, so give a seed there. Noise follows
                 :func:`stopfast.kernels.noise.positional_noise`.
             sample_ids: int64 [B], each image's position in the step's global batch; default 0..B-1.
+            lengths: int32 [2] on the device, how many context and target tokens of each mask are real;
+                see :func:`stopfast.buckets.pad_to_bucket`. The others may be anything in ``x``; they
+                influence nothing, and what is predicted for them is to be ignored. Noise is the same
+                as without them; explicit draws have a row for them too.
 
         Returns:
             [M * E * B, Ky, D] in the order (target mask, context mask, image).
@@ -221,11 +227,12 @@ class Predictor(nn.Module, HubMixin):
             )
         # What stands in for the missing content of a query: in published StoP the projection's bias.
         offset = {"stop": bias, "stop_off": None}.get(self.variant, self.mask_token.view(-1))
-        places = Places(torch.cat(masks_x), index)
+        slots = Slots.of(lengths, x.shape[1])
+        places = Places(torch.cat(masks_x), index, lengths)
         tokens = self.ops.predictor_tokens(
             x, places, weight, bias, self.predictor_pos_embed[0], offset, draws
         )
-        predicted = self._predict(tokens, len(x), x.shape[1])
+        predicted = self._predict(tokens, len(x), x.shape[1], slots)
         return self.predictor_proj(self.predictor_norm(predicted))
 
     def resize_positions(self, grid: Grid) -> None:
@@ -281,7 +288,7 @@ class Predictor(nn.Module, HubMixin):
             return torch.tensor([seed, 0], dtype=torch.int64, device=device)
         return seed.to(device)
 
-    def _predict(self, x: Tensor, contexts: int, kept: int) -> Tensor:
+    def _predict(self, x: Tensor, contexts: int, kept: int, slots: Slots | None) -> Tensor:
         """Run the blocks on the sequences of every target mask; return the queries' rows."""
         depth = len(self.predictor_blocks)
         if depth == 0:
@@ -290,11 +297,11 @@ class Predictor(nn.Module, HubMixin):
         assert isinstance(first, Block)
         if not self.skip_unused:
             for block in self.predictor_blocks:
-                x = block(x)
+                x = block(x, slots=slots)
             return x[:, kept:]
-        x = first.forward_shared(x, contexts, kept, queries_only=depth == 1)
+        x = first.forward_shared(x, contexts, kept, depth == 1, slots)
         for number, block in enumerate(others, start=2):
-            x = block(x, kept if number == depth else None)
+            x = block(x, kept if number == depth else None, slots)
         return x
 
 

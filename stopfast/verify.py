@@ -188,12 +188,17 @@ def _forward_backward(arm: _Arm, images: Tensor) -> dict[str, Tensor]:
     """Predictions, loss and every gradient of the first step, before any update."""
     objective, step = arm.objective, arm.step
     draws = objective.draws(1, len(images), slice(0, len(images)))
-    context, target = draws.masks
+    context, target, lengths = draws.masks
     with autocast(step.device, step.precision):
         images = images.to(arm.dtype)
-        features = objective.encoder(images, context)
+        features = objective.encoder(images, context, lengths=lengths)
         predictions = objective.predictor(
-            features, context, target, seed=draws.seed, sample_ids=draws.sample_ids
+            features,
+            context,
+            target,
+            seed=draws.seed,
+            sample_ids=draws.sample_ids,
+            lengths=lengths,
         )
         loss = objective.loss(images, draws)
     step.scaler.scale(loss).backward()

@@ -64,7 +64,7 @@ def defined(sampler: MultiBlockMasks, ids: Tensor, iteration: int) -> Masks:
 
 
 def assert_equal(first: Masks, second: Masks) -> None:
-    for ours, theirs in zip(chain(*first), chain(*second), strict=True):
+    for ours, theirs in zip(chain(*first[:2]), chain(*second[:2]), strict=True):
         assert ours.dtype == theirs.dtype == torch.int64
         assert torch.equal(ours.cpu(), theirs.cpu())
 

@@ -42,7 +42,7 @@ def test_operations(changes):
     config = small(**changes)
     objective = build_objective(config, 10)
     draws = objective.draws(1, 4, slice(0, 4))
-    context, target = draws.masks
+    context, target, _ = draws.masks
     patches = objective.encoder.patch_embed.num_patches
     lengths = (context[0].shape[1], target[0].shape[1])
     shape = Shape(4, *lengths, len(context), len(target), patches)

@@ -2,17 +2,20 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from stopfast.buckets import pad_to_bucket
 from stopfast.config import Transforms
 from stopfast.encoder import VisionTransformer
 from stopfast.kernels.ops import Ops, resolve_ops
 from stopfast.masking import Masks, MultiBlockMasks
 from stopfast.optim import Clip, OptimizerRecipe, parameter_groups
 from stopfast.predictor import Predictor
+from stopfast.transfers import SideStream, filled_pair
 
 Schedule = Callable[[int], float]
 
@@ -26,7 +29,8 @@ class JepaDraws(NamedTuple):
     sample_ids: Tensor
     """int64 [B]: places in the step's global batch."""
     noise: list[Tensor] | None = None
-    """Explicit, scaled draws for each target mask, instead of the seed's; for comparisons."""
+    """Explicit, scaled draws for each target mask, padding included, instead of the seed's; for
+    comparisons."""
 
 
 class Jepa:
@@ -44,6 +48,9 @@ class Jepa:
         seed: the run's seed.
         clip, clip_norm, clip_encoder_only: gradient clipping.
         skip_unused: compute the target encoder's last block for the wanted tokens only.
+        bucket: pad masks to multiples of this; see :func:`stopfast.buckets.pad_to_bucket`. 1 for none.
+            The loss and its gradients are the same.
+        target_stream: run the target encoder beside the context encoder, on a CUDA stream of its own.
         ops: implementation of the loss.
 
     Raises:
@@ -66,8 +73,12 @@ class Jepa:
         clip_norm: float = 1.0,
         clip_encoder_only: bool = False,
         skip_unused: bool = True,
+        bucket: int = 1,
+        target_stream: bool = False,
         ops: Ops | str = "auto",
     ) -> None:
+        if bucket < 1:
+            raise ValueError(f"expected bucket >= 1, got {bucket}")
         grids = encoder.patch_embed.grid, predictor.grid_size, masks.grid
         if len(set(grids)) != 1:
             raise ValueError(f"expected one grid for encoder, predictor and masks, got {grids}")
@@ -83,7 +94,8 @@ class Jepa:
         self.target_blocks = target_blocks
         self.seed = seed
         self._clip: tuple[Clip, float, bool] = (clip, clip_norm, clip_encoder_only)
-        self.skip_unused = skip_unused
+        self.skip_unused, self.bucket = skip_unused, bucket
+        self._beside = SideStream() if target_stream else None
         self.ops = resolve_ops(ops)
 
     def modules(self) -> dict[str, nn.Module]:
@@ -99,26 +111,41 @@ class Jepa:
         device = self.encoder.pos_embed.device
         # The published counter of the masks starts at 0.
         masks = self.masks(batch_size, step - 1, start=part.start, stop=part.stop, device=device)
-        # Filled on the device: numbers copied from the host's memory would wait for a GPU's queue.
-        seed = torch.full((2,), self.seed, dtype=torch.int64, device=device)
-        seed[1:].fill_(step)
+        if self.bucket > 1:
+            masks = pad_to_bucket(masks, self.bucket, self.encoder.patch_embed.num_patches)
+        seed = filled_pair(self.seed, step, device, torch.int64)
         return JepaDraws(masks, seed, torch.arange(part.start, part.stop, device=device))
 
     def loss(self, images: Tensor, draws: JepaDraws) -> Tensor:
-        """Mean smooth-L1 over all predictions; see ``target_smooth_l1``."""
-        context, target = draws.masks
-        features, index = self.target_features(images, target)
-        x = self.encoder(images, context)
+        """Mean smooth-L1 over all predictions; see ``target_smooth_l1``.
+
+        Raises:
+            ValueError: ``target_stream`` for images that are not on a GPU.
+        """
+        context, target, lengths = draws.masks
+        beside = self._beside
+        with nullcontext() if beside is None else beside.beside(images.device, after=True):
+            features, index = self.target_features(images, target)
+        x = self.encoder(images, context, lengths=lengths)
         prediction = self.predictor(
-            x, context, target, noise=draws.noise, seed=draws.seed, sample_ids=draws.sample_ids
+            x,
+            context,
+            target,
+            noise=draws.noise,
+            seed=draws.seed,
+            sample_ids=draws.sample_ids,
+            lengths=lengths,
         )
-        return self.ops.target_smooth_l1(prediction, features, index)
+        if beside is not None:
+            beside.join(images.device)
+        return self.ops.target_smooth_l1(prediction, features, index, lengths)
 
     @torch.no_grad()
     def target_features(self, images: Tensor, target: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Target features [B, T, D] and the rows among them that each target mask reads [M, B, Ky].
 
-        The features are not normed yet. T is N, or M * Ky where that is fewer rows to compute.
+        The features are not normed yet. T is N, or M * Ky where that is fewer rows to compute: padding
+        counts, so that the shape decides. Rows of padding are computed for nobody.
         """
         index = torch.stack(target)
         blocks, batch, tokens = index.shape

@@ -267,7 +267,7 @@ def _first_masks(config: Config, count: int) -> tuple[Masks, int]:
     """Return the first step's masks of its first images, and how many contexts are cut to one length."""
     batch = max(_cut_over(config), count)
     masks = build_masks(config)(batch, 0)
-    return Masks(*([index[:count] for index in blocks] for blocks in masks)), batch
+    return Masks(*([index[:count] for index in blocks] for blocks in masks[:2])), batch
 
 
 def _start(config: Config) -> Predictor:
