@@ -1,6 +1,6 @@
 """AdamW over flat buffers: update, teachers' average and half-precision copies in one pass of a kernel."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ class FlatAdamW(torch.optim.Optimizer):
         lr, betas, eps, weight_decay: of groups that have none of their own. Each may be a tensor.
         teachers: the teacher of each parameter that has one.
         ops: implementation of the update.
-        copies: bf16 or fp16 keeps copies in it of parameters and teachers; see :meth:`copy_of`.
+        copies: bf16 or fp16 keeps copies in it of parameters and teachers; see :meth:`copies`.
 
     Raises:
         ValueError: parameters that are not plain fp32 tensors on one device, each in memory of its own;
@@ -42,6 +42,7 @@ class FlatAdamW(torch.optim.Optimizer):
 
     _step_supports_amp_scaling = True  # GradScaler then sets grad_scale and found_inf for a step
     _segments: Sequence[Segment] = ()
+    _known_versions = 0
 
     def __init__(
         self,
@@ -80,7 +81,11 @@ class FlatAdamW(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]  # noqa: ANN401
+    def step(  # type: ignore[override]
+        self,
+        closure: Callable[[], Any] | None = None,
+        gradients: Mapping[Tensor, Tensor] | None = None,
+    ) -> Any:  # noqa: ANN401
         """:meth:`fill_scalars` and :meth:`update`; returns the closure's loss.
 
         Raises:
@@ -91,14 +96,15 @@ class FlatAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.fill_scalars()
-        self.update()
+        self.update(gradients)
         return loss
 
     @torch.no_grad()
     def fill_scalars(self) -> None:
         """Send the groups' numbers to the device, without waiting for it.
 
-        A captured graph holds :meth:`update` alone; this is called before each replay.
+        A captured graph holds :meth:`update` alone: this is called before each replay, and
+        :meth:`mark_updated` after it.
 
         Raises:
             ValueError: a group with teachers that has no ``"teacher_momentum"``.
@@ -123,11 +129,57 @@ class FlatAdamW(torch.optim.Optimizer):
                     segment.scalars[place].copy_(value.reshape(()), non_blocking=True)
 
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self, gradients: Mapping[Tensor, Tensor] | None = None) -> list[Tensor]:
         """Update parameters that have a gradient, and then every teacher, by the numbers on the device.
+
+        Args:
+            gradients: what is read instead of the ``grad`` of these parameters, of their shapes, in fp32 or
+                in the dtype of the copies.
+
+        Returns:
+            The parameters that had a gradient.
 
         Raises:
             ValueError: parameters or teachers that were moved out of the buffers.
+        """
+        self.check_memory()
+        given, updated = gradients or {}, []
+        for segment in self._segments:
+            found = [given.get(slot.parameter, slot.parameter.grad) for slot in segment.slots]
+            graded = [g for g in found if g is not None]
+            updated += [
+                slot.parameter
+                for slot, gradient in zip(segment.slots, found, strict=True)
+                if gradient is not None
+            ]
+            if segment.together and len(graded) == len(found):
+                self._launch(segment, segment.slots, graded)
+                continue
+            for slot, gradient in zip(segment.slots, found, strict=True):
+                if gradient is not None:
+                    self._launch(segment, [slot], [gradient])
+                elif slot.teacher is not None:
+                    self._follow(segment, slot)
+            segment.together = segment.together and not graded
+        self.mark_updated(updated)
+        return updated
+
+    def mark_updated(self, parameters: Collection[Tensor]) -> None:
+        """What :meth:`update` of these does besides the device's work: needed after a graph's replay."""
+        chosen = set(parameters)
+        for segment in self._segments:
+            for slot in segment.slots:
+                if slot.parameter in chosen and slot.parameter not in self.state:
+                    self.state[slot.parameter] = segment.state(slot)
+        # Autograd knows by their versions that what a graph saved of them is stale.
+        increment_version([*parameters, *(t for s in self._segments for t in s.teachers())])
+        self._known_versions = self._versions()
+
+    def check_memory(self) -> None:
+        """Refuse parameters or teachers that were moved out of the buffers.
+
+        Raises:
+            ValueError: there are some.
         """
         moved = sum(1 for segment in self._segments for _ in segment.moved())
         if moved:
@@ -135,38 +187,50 @@ class FlatAdamW(torch.optim.Optimizer):
                 f"expected parameters in the optimiser's buffers, got {moved} elsewhere: move modules to "
                 "their device and dtype first, and build the optimiser after"
             )
-        for segment in self._segments:
-            graded = [slot for slot in segment.slots if slot.parameter.grad is not None]
-            if segment.together and len(graded) == len(segment.slots):
-                self._launch(segment, graded)
-                continue
-            for slot in segment.slots:
-                if slot.parameter.grad is not None:
-                    self._launch(segment, [slot])
-                elif slot.teacher is not None:
-                    self._follow(segment, slot)
-            segment.together = segment.together and not graded
+
+    def launches(self) -> Hashable:
+        """What decides which kernels :meth:`update` launches, besides which gradients there are."""
+        return tuple(segment.together for segment in self._segments)
+
+    def copies(self) -> dict[Tensor, Tensor]:
+        """The half-precision copy of each parameter and teacher: views that each step overwrites."""
+        return {
+            own: slot.of(segment.buffers[name])
+            for segment in self._segments
+            for slot in segment.slots
+            for own, name in ((slot.parameter, "param_copy"), (slot.teacher, "average_copy"))
+            if own is not None and name in segment.buffers
+        }
 
     def copy_of(self, tensor: Tensor) -> Tensor:
-        """The half-precision copy of a parameter or a teacher: a view that each step overwrites.
+        """One of :meth:`copies`.
 
         Raises:
             ValueError: no copies are kept, or none of this tensor.
         """
-        for segment in self._segments:
-            for slot in segment.slots:
-                for own, name in ((slot.parameter, "param_copy"), (slot.teacher, "average_copy")):
-                    if own is tensor and name in segment.buffers:
-                        return slot.of(segment.buffers[name])
-        raise ValueError(f"expected a tensor that a copy is kept of, got {tuple(tensor.shape)}")
+        found = self.copies().get(tensor)
+        if found is None:
+            raise ValueError(f"expected a tensor that a copy is kept of, got {tuple(tensor.shape)}")
+        return found
 
     @torch.no_grad()
-    def refresh_copies(self) -> None:
-        """Write the copies again, after parameters or teachers were written from outside, as by a load."""
+    def refresh_copies(self, *, if_written: bool = False) -> None:
+        """Write the copies again, after parameters or teachers were written from outside, as by a load.
+
+        With ``if_written`` only where autograd's versions of the tensors say that they were, which they do
+        not of what is written through ``.data``.
+        """
+        if if_written and self._versions() == self._known_versions:
+            return
         for segment in self._segments:
             for name in ("param", "average"):
                 if f"{name}_copy" in segment.buffers:
                     segment.buffers[f"{name}_copy"].copy_(segment.buffers[name])
+        self._known_versions = self._versions()
+
+    def _versions(self) -> int:
+        """A number that grows with every write into a parameter or a teacher."""
+        return sum(tensor._version for segment in self._segments for tensor in segment.tensors())
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy would update buffers that no parameter is a view of.
@@ -195,7 +259,7 @@ class FlatAdamW(torch.optim.Optimizer):
             segment.together = len(set(segment.steps.tolist())) == 1
         self.refresh_copies()
 
-    def _launch(self, segment: Segment, slots: Sequence[Slot]) -> None:
+    def _launch(self, segment: Segment, slots: Sequence[Slot], gradients: Sequence[Tensor]) -> None:
         """Update neighbours that have gradients and were updated equally often."""
         first, last = slots[0], slots[-1]
         found_inf = self._found_inf()
@@ -204,17 +268,11 @@ class FlatAdamW(torch.optim.Optimizer):
         segment.scalars[_STEP].copy_(steps[0])
         buffers = {n: b[first.start : last.stop] for n, b in segment.buffers.items()}
         self._ops.adamw_ema(
-            AdamWBuffers(grad=segment.gather(slots), **buffers),
+            AdamWBuffers(grad=segment.gather(slots, gradients), **buffers),
             segment.scalars,
             found_inf=found_inf,
             grad_scale=getattr(self, "grad_scale", None),
         )
-        for slot in slots:
-            if slot.parameter not in self.state:
-                self.state[slot.parameter] = segment.state(slot)
-        # Autograd knows by their versions that what a graph saved of them is stale.
-        increment_version([slot.parameter for slot in slots])
-        increment_version([slot.teacher for slot in slots if slot.teacher is not None])
 
     def _follow(self, segment: Segment, slot: Slot) -> None:
         """Move one teacher alone: an update without rate, decay and moments changes nothing else."""
@@ -226,8 +284,6 @@ class FlatAdamW(torch.optim.Optimizer):
         scalars[_STEP:] = 0.5  # betas and an eps by which nothing is not divided by nothing
         scalars[_STEP] = 1.0
         self._ops.adamw_ema(AdamWBuffers(**buffers), scalars, found_inf=self._found_inf())
-        if slot.teacher is not None:
-            increment_version([slot.teacher])
 
     def _found_inf(self) -> Tensor | None:
         found = getattr(self, "found_inf", None)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -51,6 +52,14 @@ class Segment:
             "exp_avg_sq": slot.of(self.buffers["exp_avg_sq"]),
         }
 
+    def teachers(self) -> Iterator[Tensor]:
+        """Of the parameters."""
+        return (slot.teacher for slot in self.slots if slot.teacher is not None)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Parameters and teachers."""
+        return chain((slot.parameter for slot in self.slots), self.teachers())
+
     def moved(self) -> Iterator[Tensor]:
         """Parameters and teachers whose memory is no longer the buffers'."""
         for slot in self.slots:
@@ -61,15 +70,20 @@ class Segment:
                 if tensor.data_ptr() != buffer.data_ptr() + slot.start * buffer.element_size():
                     yield tensor
 
-    def gather(self, slots: Sequence[Slot]) -> Tensor:
-        """The gradients of neighbours, laid out as their part of the buffers."""
+    def gather(self, slots: Sequence[Slot], gradients: Sequence[Tensor]) -> Tensor:
+        """The gradients of neighbours, laid out as their part of the buffers.
+
+        In their dtype if it is the same for all, else in fp32.
+        """
         first = slots[0].start
-        flat = torch.empty(slots[-1].stop - first, device=self.scalars.device)
+        same = all(gradient.dtype == gradients[0].dtype for gradient in gradients)
+        dtype = gradients[0].dtype if same else torch.float32
+        flat = torch.empty(slots[-1].stop - first, dtype=dtype, device=self.scalars.device)
         for slot in slots:
             if slot.end < slot.stop:
                 flat[slot.end - first : slot.stop - first].zero_()
-        gradients = [s.parameter.grad for s in slots]
-        torch._foreach_copy_([s.of(flat, first) for s in slots], gradients)  # type: ignore[arg-type]
+        places = [slot.of(flat, first) for slot in slots]
+        torch._foreach_copy_(places, list(gradients))  # type: ignore[attr-defined]
         return flat
 
 

@@ -53,6 +53,7 @@ def build_optimizer(
     pairs: Pairs = (),
     implementation: Implementation = "auto",
     ops: Ops | str = "auto",
+    copies: torch.dtype | None = None,
 ) -> torch.optim.Optimizer:
     """Return an AdamW whose ``step`` also moves the teachers, unless a ``GradScaler`` leaves it out.
 
@@ -64,14 +65,22 @@ def build_optimizer(
         implementation: ``"adamw_ema"`` is :class:`stopfast.flat_adamw.FlatAdamW`, ``"torch"`` is PyTorch's
             fused AdamW and ``"apex"`` is NVIDIA apex's FusedAdam, each with an average of its own pass.
         ops: what computes ``"adamw_ema"``.
+        copies: dtype of the compute copies that ``"adamw_ema"`` keeps, or None.
 
     Raises:
-        ValueError: an implementation that is unknown or not installed; teachers in half precision.
+        ValueError: an implementation that is unknown, not installed, or keeps no copies that are asked
+            for; teachers in half precision.
     """
     settings: dict[str, Any] = {"lr": 0.0, "betas": recipe.betas, "eps": recipe.eps}
     if implementation == "adamw_ema":
         teachers = _teachers(recipe, pairs)
-        return FlatAdamW(recipe.groups, **settings, teachers=teachers, ops=resolve_ops(ops))
+        return FlatAdamW(
+            recipe.groups, **settings, teachers=teachers, ops=resolve_ops(ops), copies=copies
+        )
+    if copies is not None:
+        raise ValueError(
+            f"expected the optimizer 'adamw_ema', which keeps copies, got {implementation!r}"
+        )
     if implementation in (
         "auto",
         "torch",

@@ -59,6 +59,9 @@ class Predictor(nn.Module, HubMixin):
 
     predictor_pos_embed: nn.Parameter
     mask_token: nn.Parameter
+    read_in_fp32 = ("predictor_embed.bias",)
+    """Added to queries as it is, besides the cast of it that autocast adds to the context: see
+    :class:`stopfast.compute_copies.ComputeCopies`."""
 
     def __init__(
         self,
