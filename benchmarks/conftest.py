@@ -74,7 +74,11 @@ def _cell(item: pytest.Item) -> Cell | None:
 def _recorder(item: pytest.Item) -> Recorder:
     stash = item.config.stash
     if _RECORDER not in stash:
-        stash[_RECORDER] = Recorder(item.config, _options(item.config, item.module))  # type: ignore[attr-defined]
+        options = _options(item.config, item.module)  # type: ignore[attr-defined]
+        try:
+            stash[_RECORDER] = Recorder(item.config, options)
+        except ValueError as error:
+            pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
     return stash[_RECORDER]
 
 

@@ -23,7 +23,7 @@ from benchmarks.clock import StepClock
 from benchmarks.options import Cell, Options
 from benchmarks.provenance import HERE, clocks, device_folder, provenance
 from benchmarks.refusals import NotTimed, OutOfMemory
-from benchmarks.results import Results, results_path
+from benchmarks.results import FOLDER, Results, results_path
 
 T = TypeVar("T")
 HANDED_OVER = pytest.StashKey[Options]()
@@ -46,15 +46,16 @@ def run(file: str, options: Options) -> int:
     Raises:
         ValueError: no arm is as asked for.
     """
-    status = pytest.main(
-        [
-            str(HERE / file), "-q", "-c", str(HERE.parent / "pyproject.toml"),
-            "-W", "ignore:Benchmark fixture was not used", "--rootdir", str(HERE.parent), "-p", "no:cacheprovider", "--benchmark-only",
-            "--benchmark-storage", f"file://{options.results or HERE / 'results'}",
-            "--benchmark-columns", "min,median,max,rounds",
-        ],
-        plugins=[_HandOver(options)],
-    )  # fmt: skip
+    chosen = options.results or FOLDER
+    storage = chosen.parent if chosen.suffix == ".json" else chosen
+    arguments = [
+        *("-q", "-c", str(HERE.parent / "pyproject.toml"), "--rootdir", str(HERE.parent)),
+        *("-p", "no:cacheprovider", "-W", "ignore:Benchmark fixture was not used"),
+        *("--benchmark-only", "--benchmark-columns", "min,median,max,rounds"),
+        # pytest-benchmark makes this folder, by default where one stands.
+        *("--benchmark-storage", f"file://{storage}"),
+    ]
+    status = pytest.main([str(HERE / file), *arguments], plugins=[_HandOver(options)])
     if status == pytest.ExitCode.NO_TESTS_COLLECTED:
         raise ValueError(f"expected arms of {file}, got none for {options}")
     return int(status)
