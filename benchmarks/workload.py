@@ -165,7 +165,8 @@ def build_workload(
     replayed = load_masks(path, config)[:steps]
     if device.type == "cuda":
         replayed = [
-            Masks(*([m.pin_memory() for m in group] for group in pair[:2])) for pair in replayed
+            Masks([m.pin_memory() for m in pair.context], [m.pin_memory() for m in pair.target])
+            for pair in replayed
         ]
     size = (images, 3, *config.data.transforms.size)
     pixels = torch.randn(size, generator=torch.Generator().manual_seed(seed))

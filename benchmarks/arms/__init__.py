@@ -3,8 +3,9 @@
 from collections.abc import Callable
 
 from benchmarks.arms.program import Program
-from benchmarks.arms.protocol import NotHere, StepArm
+from benchmarks.arms.protocol import StepArm
 from benchmarks.arms.published import Published
+from benchmarks.refusals import NotHere
 from benchmarks.workload import Workload
 
 __all__ = ["ARMS", "NotHere", "StepArm"]

@@ -5,10 +5,6 @@ from typing import Protocol
 from torch import Tensor
 
 
-class NotHere(Exception):
-    """An arm cannot run on this machine; the message says why."""
-
-
 class StepArm(Protocol):
     """One way to take the steps of a :class:`benchmarks.workload.Workload`."""
 
