@@ -139,6 +139,15 @@ def check_settings(config: Config, device: torch.device) -> None:
             step_ops(config).layer_norm(row, row[0], row[0], 1e-5, None)
         except ValueError as error:
             raise ValueError(f"--step.ops fused cannot run on {device}: {error}") from None
+    for name in ("graphs", "target_stream"):
+        if getattr(config.step, name) and device.type != "cuda":
+            flag = name.replace("_", "-")
+            raise ValueError(f"expected a CUDA device for --step.{flag}, got {device}")
+    for name in ("graphs", "copies"):
+        if getattr(config.step, name) and config.optim.optimizer != "adamw_ema":
+            raise ValueError(
+                f"expected --optim.optimizer adamw_ema with --step.{name}, got {config.optim.optimizer}"
+            )
     build_masks(config)
     with torch.device("meta"):
         build_encoder(config)
@@ -185,6 +194,8 @@ def build_objective(config: Config, steps_per_epoch: int) -> Jepa:
         clip_norm=optim.clip_norm,
         clip_encoder_only=optim.clip_encoder_only,
         skip_unused=config.step.skip_unused,
+        bucket=config.step.bucket,
+        target_stream=config.step.target_stream,
         ops=step_ops(config),
     )
 
