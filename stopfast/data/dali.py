@@ -14,7 +14,6 @@ from stopfast.data.images import Images
 from stopfast.data.pixels import check_stored, open_stored
 
 _PREFETCH = 2  # batches that are decoded ahead
-_NO_BLUR = 0.01  # a standard deviation whose 3x3 window changes no pixel
 
 
 def decode_with_dali(
@@ -90,9 +89,9 @@ def _inputs(batch: Encoded, transforms: Transforms) -> tuple[list[np.ndarray], .
         list(draws.flip),
     ]
     if transforms.gray > 0:
-        inputs.append(list((1 - draws.gray).astype(np.float32)))
+        inputs.append(list(draws.gray > 0))
     if transforms.blur > 0:
-        inputs.append(list(np.maximum(draws.sigma, _NO_BLUR).astype(np.float32)))
+        inputs.append(list(draws.sigma))
     return tuple(inputs)
 
 
@@ -121,6 +120,7 @@ def _pipeline(
         num_threads=data.threads,
         device_id=(device.index or 0) if on_gpu else None,  # pyright: ignore[reportArgumentType]
         prefetch_queue_depth=_PREFETCH,
+        enable_conditionals=True,
     )
     def pipeline() -> tuple[Any, ...]:
         images: Any
@@ -143,11 +143,16 @@ def _pipeline(
             interp_type=types.DALIInterpType.INTERP_LINEAR,
             antialias=True,
         )
-        # The mirroring comes last here, for both are blind to it.
+        # The mirroring comes last here, for both are blind to it. DALI makes the inner conditions a split of
+        # the batch: an image that is not to be changed costs nothing.
         if transforms.gray > 0:
-            images = fn.saturation(images, saturation=drawn.pop(0))
+            gray = drawn.pop(0)
+            if gray:
+                images = fn.saturation(images, saturation=0.0)
         if transforms.blur > 0:
-            images = fn.gaussian_blur(images, sigma=drawn.pop(0))
+            sigma = drawn.pop(0)
+            if sigma > 0:
+                images = fn.gaussian_blur(images, sigma=sigma)
         images = fn.crop_mirror_normalize(
             images,
             mirror=flip,
