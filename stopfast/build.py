@@ -209,8 +209,7 @@ def build_step(config: Config, objective: Jepa, device: torch.device) -> TrainSt
                     block.compile_parts()
     return TrainStep(
         objective,
-        precision=config.step.precision,
-        accumulate=config.step.accumulate,
+        config.step,
         device=device,
         optimizer=config.optim.optimizer,
         ops=step_ops(config),

@@ -23,8 +23,8 @@ class ComputeCopies:
     These are the weights that autocast casts, so the numbers are those of autocast. Where a weight is read
     twice other than as it is, such as in two slices that overlap, two gradients are summed in the copies'
     dtype that autocast would sum in fp32. Everything else of the modules, such as norms and positions,
-    stays. So does what a module lists in ``read_in_fp32``: names below it of parameters of such layers
-    that it also reads by another way than the layer. Outside :meth:`stand_in` the modules are as they were.
+    stays. So does what a module lists in ``read_in_fp32``: the names, counted from it, of parameters that
+    it also reads by another way than their layer. Outside :meth:`stand_in` the modules are as they were.
 
     Args:
         modules: of which the layers are taken, at any depth.
@@ -39,18 +39,15 @@ class ComputeCopies:
         if not kept:
             raise ValueError("expected an optimiser that keeps copies, got one without")
         self._optimizer = optimizer
-        roots = list(modules)
-        wide = {
-            root_module.get_parameter(name)
-            for root in roots
-            for root_module in root.modules()
-            for name in getattr(root_module, "read_in_fp32", ())
-        }
+        parts = list(dict.fromkeys(part for root in modules for part in root.modules()))
+        wide: set[Tensor] = set()
+        for part in parts:
+            names = getattr(part, "read_in_fp32", ())
+            wide |= {own for name, own in part.named_parameters() if name in names}
         # One for each weight, however many layers it is tied to.
         self._copies: dict[Tensor, nn.Parameter] = {}
         self._places: list[_Place] = []
-        layers = {m: None for root in roots for m in root.modules()}
-        for layer in layers:
+        for layer in parts:
             if not isinstance(layer, nn.Linear | nn.Conv2d):
                 continue
             for name, own in layer._parameters.items():

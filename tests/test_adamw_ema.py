@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from stopfast import config, presets
 from stopfast.build import build_objective, build_step
+from stopfast.config import StepConfig
 from stopfast.flat_adamw import FlatAdamW
 from stopfast.kernels.ops import EAGER, FUSED, AdamWBuffers, Ops
 from stopfast.run_state import DataState, load_run, save_run
@@ -148,7 +149,7 @@ def test_step(ops: Ops, precision: str):
     found = []
     for optimizer in ("torch", "adamw_ema"):
         objective = build(clip="global" if precision == "fp16" else "none")
-        step = TrainStep(objective, precision=precision, optimizer=optimizer, ops=ops)
+        step = TrainStep(objective, StepConfig(precision=precision), optimizer=optimizer, ops=ops)
         assert isinstance(step.optimizer, FlatAdamW) == (optimizer == "adamw_ema")
         start = weights(objective)
         # In half precision a second step would amplify what the first rounds.
@@ -229,7 +230,7 @@ def test_apex(precision: str, no_apex: None, tmp_path, monkeypatch):
     found = []
     for optimizer in ("torch", "apex"):
         objective = build()
-        step = TrainStep(objective, precision=precision, optimizer=optimizer)
+        step = TrainStep(objective, StepConfig(precision=precision), optimizer=optimizer)
         for number in (1, 2, 3) if precision == "fp32" else (1,):
             step(images(), number)
         found.append(weights(objective))

@@ -16,7 +16,7 @@ from benchmarks.published import (
     smooth_l1,
 )
 from stopfast import MultiBlockMasks, Predictor, VisionTransformer
-from stopfast.config import Transforms
+from stopfast.config import StepConfig, Transforms
 from stopfast.objectives.jepa import Jepa
 from stopfast.optim import (
     OptimizerRecipe,
@@ -231,7 +231,7 @@ def test_accumulation(scope: str):
     results = []
     for accumulate in (1, 4):
         objective = build(masks={"truncate_over": scope})
-        step = TrainStep(objective, accumulate=accumulate)
+        step = TrainStep(objective, StepConfig(accumulate=accumulate))
         losses = torch.stack([step(images(), number).loss for number in (1, 2, 3)])
         results.append({"losses": losses, **weights(objective)})
     if scope == "global":
@@ -249,7 +249,7 @@ def test_precision(precision: str):
     losses = {}
     for name in ("fp32", precision):
         objective = build()
-        step = TrainStep(objective, precision=name)  # pyright: ignore
+        step = TrainStep(objective, StepConfig(precision=name))  # pyright: ignore
         losses[name] = torch.stack([step(images(), number).loss for number in (1, 2, 3, 4)])
         assert step.skipped == 0
         assert {value.dtype for value in weights(objective).values()} == {torch.float32}
@@ -259,7 +259,7 @@ def test_precision(precision: str):
 def test_overflow_skips_the_whole_step():
     """fp16: gradients that overflow change neither weights nor average, and are counted."""
     objective = build()
-    step = TrainStep(objective, precision="fp16")
+    step = TrainStep(objective, StepConfig(precision="fp16"))
     step(images(), 1)
     before = weights(objective)
     step.scaler.update(new_scale=2.0**60)
@@ -310,7 +310,7 @@ def test_parts_must_fit():
             **schedule,
         )
     with pytest.raises(ValueError, match="3 divides"):
-        TrainStep(build(), accumulate=3)(images(), 1)
+        TrainStep(build(), StepConfig(accumulate=3))(images(), 1)
 
 
 FOREIGN = [{}, {"apply_stop": True}, {"apply_stop": False}]
