@@ -129,7 +129,7 @@ def _published(transforms: Transforms) -> Callable[[bytes], Tensor]:
         tv.ToTensor(),
         tv.Normalize(transforms.mean, transforms.std),
     ]
-    pipeline: Callable[[Image.Image], Any] = tv.Compose(steps)
+    pipeline: Any = tv.Compose(steps)
 
     def decode(stored: bytes) -> Tensor:
         with Image.open(io.BytesIO(stored)) as image:

@@ -1,4 +1,4 @@
-"""When the host waits for a GPU: until a batch was copied from DALI's buffers, and not for a step's draws.
+"""When the host waits for a GPU: until a batch was copied to where it stays, and not for a step's draws.
 
 There need be no GPU: what is looked at is the order of the calls, and which operations there are.
 """
@@ -6,13 +6,17 @@ There need be no GPU: what is looked at is the order of the calls, and which ope
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stopfast.config import DataConfig, Transforms
-from stopfast.data import dali
+from stopfast.data import dali, pil
+from stopfast.data.batch import Encoded
 from stopfast.data.images import open_images
+from stopfast.data.loader import TrainPlan, train_batches
+from stopfast.data.pixels import open_stored
 from stopfast.objectives.jepa import Jepa
 from tests.small_photographs import write_photographs
 
@@ -93,6 +97,66 @@ def test_a_batch_is_no_view_of_the_buffers(tmp_path, monkeypatch):
     batches = list(_decode(tmp_path, "cpu"))
     for number, batch in enumerate(batches, start=1):
         assert (batch.images == number).all() and (batch.samples == number).all()
+
+
+def test_pixels_are_sent_beside_the_steps(tmp_path, monkeypatch):
+    """On a GPU: PIL's pixels, from pinned memory, by a stream of their own, before they are handed over."""
+    images = open_images(write_photographs(tmp_path))
+    transforms = Transforms(size=(16, 24), crop_scale=(0.5, 1.0), flip=0.5)
+    plan = TrainPlan(len(images), 5, transforms, 1)
+    on_host = list(
+        train_batches(
+            images,
+            plan,
+            first_step=1,
+            last_step=2,
+            device=torch.device("cpu"),
+            data=DataConfig(loader="pil"),
+        )
+    )
+    log, empty = [], torch.empty
+
+    @contextmanager
+    def stream(own):
+        log.append("own stream")
+        yield
+        log.append("steps' stream")
+
+    def allocate(*size, pin_memory=False, **settings):
+        log.append(("pinned" if pin_memory else "pageable", settings.get("dtype")))
+        return empty(*size, **settings)
+
+    class Device:
+        type = "cuda"
+
+    # A stream of a "GPU" whose memory is the host's.
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: _Stream(log, torch.device("cpu")))
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the steps'")
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda _, of: log.append(of))
+    monkeypatch.setattr(torch, "empty", allocate)
+
+    def encoded():
+        for step, samples in enumerate(plan.batches(1, 2), start=1):
+            data = [images.read(sample) for sample in samples]
+            sizes = np.array([open_stored(one).size[::-1] for one in data])
+            yield Encoded(samples, data, plan.draws(step, samples, sizes))
+
+    batches = pil.decode_with_pil(encoded(), images, transforms, device=Device(), threads=2)
+    for batch, expected in zip(batches, on_host, strict=True):
+        log.append("step")
+        assert torch.equal(batch.images, expected.images)
+        assert torch.equal(batch.samples, expected.samples)
+    sent = [("pinned", torch.uint8), "own stream", "steps' stream", "wait"]
+    own = [entry for entry in log if entry not in ("step", "the steps'")]
+    assert own == 2 * sent
+    # Decoding runs ahead of the steps, but none is handed over before it was waited for.
+    for number in (1, 2):
+        places = [
+            [place for place, entry in enumerate(log) if entry == what][number - 1]
+            for what in ("wait", "the steps'", "step")
+        ]
+        assert places == sorted(places), log
 
 
 class _Operations(TorchDispatchMode):
