@@ -48,12 +48,14 @@ def loads(
     power, and would be faster than anything real.
     """
     gpu = device.type == "cuda"
-    sides = ((8192, 8192, 8192), (16384, 8192, 8192), (4096, 4096, 4096)) if gpu else ((512,) * 3,)
+    sides = (
+        [(8192, 8192, 8192), (16384, 8192, 8192), (4096, 4096, 4096)] if gpu else [(512, 512, 512)]
+    )
     shapes = [("x".join(map(str, shape)), shape) for shape in sides]
     for model in models:
         shapes += _layers(model, MODELS[model](), 64 if gpu else 1)
     return [
-        *(_product(name, *shape, device, dtype) for name, shape in shapes),
+        *(_product(name, shape, device, dtype) for name, shape in shapes),
         *_passes(2**28 if gpu else 2**25, device),
     ]
 
@@ -73,8 +75,10 @@ def _layers(model: str, config: Config, images: int) -> Iterator[tuple[str, tupl
 
 
 def _product(
-    name: str, rows: int, inner: int, columns: int, device: torch.device, dtype: torch.dtype
+    name: str, shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype
 ) -> Load:
+    rows, inner, columns = shape
+
     def make() -> Run:
         left = torch.randn(rows, inner, device=device).to(dtype)
         # As a linear layer has it: rows of the weight lie along its inputs.

@@ -1,207 +1,236 @@
-"""What a training step has to compute and to move, from its settings: `python -m benchmarks.roofline`.
+"""How long a device needs for a training step at least: `python -m benchmarks roofline`.
 
-Floating-point operations are those of the matrix products that stopfast's step cannot do without (a
-multiplication and an addition are two), as `torch.utils.flop_counter` counts them: dead work that the step
-leaves out is not in them, and attention's scores are not counted again in backward. Bytes are a least
-traffic, and assume that everything between two matrix products is fused. Both are floors: no time is
-claimed, and a device's two ceilings have to be given.
+Operations and bytes (:mod:`benchmarks.step_work`) over the device's two ceilings
+(:mod:`benchmarks.ceilings`) are a floor. Beside it stand the steps that were timed, and what the same
+shares of the roof would come to on an A100: a projection, and marked as one wherever it is shown.
 """
 
-import argparse
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
-import torch
+from rich.console import Console
+from rich.table import Table
 
-from stopfast.build import build_masks
+from benchmarks import engine
+from benchmarks.ceilings import PUBLISHED, Roof, newest_roof
+from benchmarks.options import Options
+from benchmarks.provenance import device_folder
+from benchmarks.results import FOLDER, all_results
+from benchmarks.step_work import Shape, drawn_shapes, step_bytes, step_work
+from benchmarks.workload import MODELS
 from stopfast.config import Config
-from stopfast.encoder import image_grid
-from stopfast.presets import PRESETS
 
-_HALF, _FULL = 2, 4  # bytes of bf16 and fp32
-
-
-class Shape(NamedTuple):
-    """Tokens of one micro-batch."""
-
-    images: int
-    context: int
-    """Kept patches of a context."""
-    target: int
-    """Patches of a target block."""
-    contexts: int
-    targets: int
-    patches: int
+A100 = Roof(bytes=1.7e12, flops=2.5e14)
+"""Ceilings of an A100 of 80 GB as stated, not measured: about 85 % of what its data sheet has of memory
+traffic (2.04 TB/s), and 80 % of its bf16 products (312 TFLOP/s)."""
 
 
-class Work(NamedTuple):
-    """Floating-point operations of one part of the step."""
+class Part(NamedTuple):
+    """What one part of a step needs, a mean over steps."""
 
-    forward: int
-    backward: int
+    flops: float
+    bytes: float
 
-    def __add__(self, other: object) -> "Work":
-        assert isinstance(other, Work)
-        return Work(self.forward + other.forward, self.backward + other.backward)
+
+class Floor(NamedTuple):
+    """The least milliseconds of a step under two ceilings."""
+
+    parts: dict[str, float]
+    """Of each part, the longer of its products and its traffic."""
+    products: float
+    """Of all products."""
+    traffic: float
+    """Of all bytes."""
 
     @property
-    def total(self) -> int:
-        """Both."""
-        return self.forward + self.backward
+    def summed(self) -> float:
+        """Parts one after another, each at its own ceiling: what a share of the roof refers to."""
+        return sum(self.parts.values())
+
+    @property
+    def overall(self) -> float:
+        """Products and traffic of the whole step at the same time: less than any order of parts allows."""
+        return max(self.products, self.traffic)
 
 
-def _product(rows: int, inner: int, columns: int, *, gradients: int = 2) -> Work:
-    """A linear layer; ``gradients`` are its weight's and, unless nothing asks for it, its input's."""
-    once = 2 * rows * inner * columns
-    return Work(once, gradients * once)
+@dataclass(frozen=True)
+class StepCost:
+    """What the steps of a model and batch need."""
+
+    images: int
+    parts: dict[str, Part]
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of a step."""
+        return sum(part.flops for part in self.parts.values())
+
+    @property
+    def bytes(self) -> float:
+        """Bytes of a step."""
+        return sum(part.bytes for part in self.parts.values())
+
+    def floor(self, roof: Roof) -> Floor:
+        """Return the least time of a step on a device of these ceilings."""
+
+        def needs(part: Part) -> tuple[float, float]:
+            return 1e3 * part.flops / roof.flops, 1e3 * part.bytes / roof.bytes
+
+        whole = needs(Part(self.flops, self.bytes))
+        return Floor({name: max(needs(part)) for name, part in self.parts.items()}, *whole)
+
+    def figures(self, roof: Roof, milliseconds: float) -> dict[str, float]:
+        """Return what a step's measured time is beside its floor, as a row of results has it.
+
+        ``matrix_share`` is the model-FLOP utilisation against the measured matrix rate, ``roof_share`` the
+        floor of :attr:`Floor.summed` over the time.
+        """
+        floor = self.floor(roof)
+        return {
+            "flops": self.flops,
+            "bytes": self.bytes,
+            "floor_ms": floor.summed,
+            "floor_overall_ms": floor.overall,
+            "matrix_share": floor.products / milliseconds,
+            "roof_share": floor.summed / milliseconds,
+        }
 
 
-def _scores(sequences: int, queries: int, keys: int, width: int) -> Work:
-    once = 4 * sequences * queries * keys * width
-    return Work(once, 2 * once)
+def step_cost(config: Config, shapes: Sequence[Shape], precision: str = "bf16") -> StepCost:
+    """Return the mean cost of steps of these shapes; work is not linear in lengths, so not of a mean shape.
 
-
-def _block(sequences: int, tokens: int, wanted: int, width: int, hidden: int) -> Work:
-    """A transformer block of which only ``wanted`` tokens of each sequence are read."""
-    return (
-        _product(sequences * tokens, width, 2 * width)
-        + _product(sequences * wanted, width, width)
-        + _scores(sequences, wanted, tokens, width)
-        + _after(sequences * wanted, width, hidden)
-    )
-
-
-def _after(rows: int, width: int, hidden: int) -> Work:
-    """Output projection and MLP."""
-    mlp = _product(rows, width, hidden) + _product(rows, hidden, width)
-    return _product(rows, width, width) + mlp
-
-
-def _encoder(config: Config, sequences: int, tokens: int, wanted: int) -> Work:
-    model = config.model
-    width, hidden = model.embed_dim, int(model.embed_dim * model.mlp_ratio)
-    work = _product(sequences * tokens, 3 * model.patch_size**2, width, gradients=1)
-    for number in range(model.depth):
-        last = number == model.depth - 1
-        work += _block(sequences, tokens, wanted if last else tokens, width, hidden)
-    return work
-
-
-def _predictor(config: Config, shape: Shape) -> Work:
-    model, noise = config.model, config.noise
-    width = model.predictor_embed_dim
-    hidden = int(width * model.predictor_mlp_ratio)
-    contexts = shape.contexts * shape.images
-    sequences = shape.targets * contexts
-    tokens = shape.context + shape.target
-    work = _product(contexts * shape.context, model.embed_dim, width)
-    if noise.variant in ("stop", "stop_paper") and noise.cov == "learned":
-        drawn = noise.noise_dim == "predictor"
-        rows = sequences * shape.target * (noise.apply_to != "context")
-        rows += contexts * shape.context * (noise.apply_to != "masked")
-        # Nothing asks for the gradient of noise.
-        work += _product(rows, width if drawn else model.embed_dim, width, gradients=1)
-    for number in range(model.predictor_depth):
-        last = number == model.predictor_depth - 1
-        wanted = shape.target if last else tokens
-        if number:
-            work += _block(sequences, tokens, wanted, width, hidden)
-            continue
-        # The contexts' queries, keys and values are computed once, not once for each target block.
-        packed = contexts * shape.context + sequences * shape.target
-        work += _product(packed, width, 3 * width) + _scores(sequences, wanted, tokens, width)
-        work += _after(sequences * wanted, width, hidden)
-    return work + _product(sequences * shape.target, width, model.embed_dim)
-
-
-def step_work(config: Config, shape: Shape) -> dict[str, Work]:
-    """Return the operations of a micro-batch by part: context encoder, target encoder, predictor."""
-    contexts = shape.contexts * shape.images
-    rows = min(shape.targets * shape.target, shape.patches)
-    return {
-        "context encoder": _encoder(config, contexts, shape.context, shape.context),
-        # No gradients flow through the target encoder.
-        "target encoder": _encoder(config, shape.images, shape.patches, rows)._replace(backward=0),
-        "predictor": _predictor(config, shape),
-    }
-
-
-def step_bytes(config: Config, shape: Shape) -> dict[str, int]:
-    """Return the least traffic of a micro-batch in bf16, and of the update, in bytes by part.
-
-    Weights are read in forward and in backward in bf16, and their gradients written in fp32. Of each
-    block's tokens seven rows of their width and two of the MLP's are written once and read once, being
-    what backward needs; of the target encoder's, four pass and none is kept. The update reads weight,
-    gradient and both moments in fp32, writes all but the gradient, and the bf16 copy; the teacher is
-    read and written, and its copy written.
+    Raises:
+        ValueError: no shape.
     """
-    model = config.model
-    width, narrow = model.embed_dim, model.predictor_embed_dim
-    hidden = int(width * model.mlp_ratio)
-    narrow_hidden = int(narrow * model.predictor_mlp_ratio)
-    encoder = model.depth * (4 * width**2 + 2 * width * hidden) + 3 * model.patch_size**2 * width
-    predictor = model.predictor_depth * (4 * narrow**2 + 2 * narrow * narrow_hidden)
-    predictor += 2 * width * narrow
-    contexts = shape.contexts * shape.images
-    rows = contexts * shape.context
-    queried = shape.targets * contexts * (shape.context + shape.target)
-    kept = model.depth * rows * (7 * width + 2 * hidden)
-    kept += model.predictor_depth * queried * (7 * narrow + 2 * narrow_hidden)
-    passing = model.depth * shape.images * shape.patches * 4 * width
-    return {
-        "weights": (2 * _HALF + _FULL) * (encoder + predictor) + _HALF * encoder,
-        "activations": 2 * _HALF * (kept + passing),
-        "images": _HALF * 3 * shape.images * shape.patches * model.patch_size**2,
-        "update": (7 * _FULL + _HALF) * (encoder + predictor) + (2 * _FULL + _HALF) * encoder,
-    }
+    if not shapes:
+        raise ValueError("expected shapes of at least one step, got none")
+    low = 4 if precision == "fp32" else 2
+    totals: dict[str, Part] = {}
+    for shape in shapes:
+        work, traffic = step_work(config, shape), step_bytes(config, shape, low)
+        for name, moved in traffic.items():
+            before = totals.get(name, Part(0, 0))
+            flops = work[name].total if name in work else 0
+            totals[name] = Part(before.flops + flops, before.bytes + moved)
+    count = len(shapes)
+    parts = {name: Part(p.flops / count, p.bytes / count) for name, p in totals.items()}
+    return StepCost(shapes[0].images, parts)
 
 
-def mean_shape(config: Config, images: int, batches: int = 64) -> Shape:
-    """Return the tokens of a micro-batch, averaged over the first batches' masks."""
-    masks = build_masks(config)
-    drawn = [masks(images, iteration) for iteration in range(batches)]
-    grid = image_grid(config.data.transforms.size, config.model.patch_size)
+def projected(cost: StepCost, measured: float, on: Roof, to: Roof) -> float:
+    """Return the milliseconds that a step would take under other ceilings: a projection, no measurement.
 
-    def mean(lengths: list[int]) -> int:
-        return round(sum(lengths) / len(lengths))
-
-    return Shape(
-        images,
-        mean([d.context[0].shape[1] for d in drawn]),
-        mean([d.target[0].shape[1] for d in drawn]),
-        config.mask.nenc,
-        config.mask.npred,
-        grid[0] * grid[1],
-    )
+    The rule: the other device's floor, over the share of the roof that was reached on the measured one.
+    """
+    return cost.floor(to).summed / (cost.floor(on).summed / measured)
 
 
-def main() -> None:
-    """Print a preset's work, and its floor on a device of the given ceilings."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--preset", choices=PRESETS, default="stop-vit-b16")
-    parser.add_argument("--images", type=int, default=64, help="images of a micro-batch")
-    parser.add_argument("--matrix-tflops", type=float, help="measured rate of bf16 products")
-    parser.add_argument("--gigabytes", type=float, help="measured memory traffic a second, in GB")
-    asked = parser.parse_args()
-    config = PRESETS[asked.preset]()
-    shape = mean_shape(config, asked.images)
-    work, traffic = step_work(config, shape), step_bytes(config, shape)
-    print(f"{asked.preset}, {shape}")
-    for name, part in work.items():
-        print(
-            f"{name:16} {part.forward / 1e12:8.3f} forward {part.backward / 1e12:8.3f} backward TFLOP"
+@dataclass(frozen=True, kw_only=True)
+class RooflineOptions(Options):
+    """A step's work, traffic and floor, for each model and batch."""
+
+    steps: int = 500
+    """Steps whose masks count; the benchmarks replay 500."""
+    matrix_tflops: float | None = None
+    """Rate of products to reckon with, in TFLOP/s; by default the device's, from its newest results."""
+    gigabytes: float | None = None
+    """Memory traffic to reckon with, in GB/s; likewise."""
+    measure: bool = False
+    """Measure the device's ceilings first."""
+
+
+OPTIONS = RooflineOptions
+
+
+class Line(NamedTuple):
+    """A step that was timed."""
+
+    arm: str
+    milliseconds: float
+
+
+def ceilings_for(options: RooflineOptions) -> Roof | None:
+    """Return the ceilings that are told, or the device's newest measured ones.
+
+    Raises:
+        ValueError: one ceiling is told and the other is not.
+    """
+    told = (options.gigabytes, options.matrix_tflops)
+    if None not in told:
+        return Roof(float(told[0] or 0) * 1e9, float(told[1] or 0) * 1e12)
+    if told != (None, None):
+        raise ValueError("expected both --gigabytes and --matrix-tflops, got one of them")
+    if options.measure:
+        engine.run("bench_ceilings.py", options)
+    return newest_roof(device_folder(options.place), options.dtype, _folder(options))
+
+
+def _folder(options: RooflineOptions) -> Path:
+    """Where results are, a folder for each device."""
+    chosen = options.results or FOLDER
+    return chosen.parent.parent if chosen.suffix == ".json" else chosen
+
+
+def timed_steps(options: RooflineOptions, model: str, images: int) -> list[Line]:
+    """Return the warm steps of the device's newest results that have any of this problem."""
+    for results in reversed(all_results(_folder(options))):
+        if results.path.parent.name != device_folder(options.place):
+            continue
+        rows = results.rows(kind="step", model=model, images=images, precision=options.dtype)
+        if rows:
+            infos: list[dict[str, Any]] = [row["extra_info"] for row in rows]
+            return [Line(info["arm"], info["ms_p50"]) for info in infos]
+    return []
+
+
+def run(options: RooflineOptions) -> int:
+    """Print a table for each model and batch; return 0."""
+    console = Console(width=110)
+    roof = ceilings_for(options)
+    if roof is None:
+        console.print("No ceilings are known here: --measure, or --matrix-tflops and --gigabytes.")
+    else:
+        console.print(f"ceilings: {roof.flops / 1e12:.1f} TFLOP/s, {roof.bytes / 1e9:.0f} GB/s")
+    for model in options.model or PUBLISHED:
+        config = MODELS[model]()
+        for images in options.images or (64, 128):
+            shapes = drawn_shapes(config, images, options.steps)
+            cost = step_cost(config, shapes, options.dtype)
+            console.print(_table(f"{model}, {images} images, {options.dtype}", cost, roof))
+            if roof is not None:
+                for text in _comparisons(cost, roof, timed_steps(options, model, images)):
+                    console.print(text)
+    return 0
+
+
+def _table(title: str, cost: StepCost, roof: Roof | None) -> Table:
+    table = Table(title=title)
+    for heading in ("part", "TFLOP", "GB", "floor ms"):
+        table.add_column(heading, justify="left" if heading == "part" else "right")
+    floor = None if roof is None else cost.floor(roof)
+
+    def row(name: str, flops: float, moved: float, least: float | None) -> None:
+        known = "" if least is None else f"{least:.3f}"
+        table.add_row(name, f"{flops / 1e12:.4f}", f"{moved / 1e9:.3f}", known)
+
+    for name, part in cost.parts.items():
+        row(name, part.flops, part.bytes, None if floor is None else floor.parts[name])
+    row("all, one after another", cost.flops, cost.bytes, None if floor is None else floor.summed)
+    row("all at once", cost.flops, cost.bytes, None if floor is None else floor.overall)
+    return table
+
+
+def _comparisons(cost: StepCost, roof: Roof, timed: list[Line]) -> Iterator[str]:
+    floor = cost.floor(roof)
+    yield f"at the floor: {1e3 * cost.images / floor.summed:.0f} images/s"
+    least = cost.floor(A100).summed
+    yield f"floor on an A100, stated ceilings (projected): {least:.2f} ms"
+    for line in timed:
+        found = cost.figures(roof, line.milliseconds)
+        there = projected(cost, line.milliseconds, roof, A100)
+        yield (
+            f"{line.arm}: {line.milliseconds:.3f} ms, {found['matrix_share']:.1%} of the matrix rate, "
+            f"{found['roof_share']:.1%} of the roof; on an A100 {there:.2f} ms (projected)"
         )
-    for name, moved in traffic.items():
-        print(f"{name:16} {moved / 1e9:8.3f} GB")
-    operations, moved = sum(part.total for part in work.values()), sum(traffic.values())
-    print(f"{'step':16} {operations / 1e12:8.3f} TFLOP {moved / 1e9:8.3f} GB")
-    if asked.matrix_tflops and asked.gigabytes:
-        seconds = (operations / (asked.matrix_tflops * 1e12), moved / (asked.gigabytes * 1e9))
-        print(
-            f"floor: {1000 * max(seconds):.2f} ms (products {1000 * seconds[0]:.2f}, traffic "
-            f"{1000 * seconds[1]:.2f}), {asked.images / max(seconds):.0f} images/s"
-        )
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main()
