@@ -51,6 +51,7 @@ def run(file: str, options: Options) -> int:
     arguments = [
         *("-q", "-c", str(HERE.parent / "pyproject.toml"), "--rootdir", str(HERE.parent)),
         *("-p", "no:cacheprovider", "-W", "ignore:Benchmark fixture was not used"),
+        *("-W", "ignore:Module already imported"),
         *("--benchmark-only", "--benchmark-columns", "min,median,max,rounds"),
         # pytest-benchmark makes this folder, by default where one stands.
         *("--benchmark-storage", f"file://{storage}"),
@@ -169,15 +170,25 @@ class Bench:
         return self.recorder.shared(self.cell.group, make)
 
     def time(
-        self, run: Callable[[], object], *, rounds: int, warmup: int = 1, iterations: int = 1
+        self,
+        run: Callable[[], object],
+        *,
+        rounds: int,
+        warmup: int = 1,
+        iterations: int = 1,
+        setup: Callable[[], None] | None = None,
     ) -> None:
-        """Time ``run()`` in rounds of so many calls; the options' rounds and warm-up come first."""
+        """Time ``run()`` in rounds of so many calls; the options' rounds and warm-up come first.
+
+        ``setup()`` is called before every round, untimed, and allows one call a round.
+        """
         options = self.options
         self.benchmark.pedantic(
             run,
             rounds=options.rounds or rounds,
             warmup_rounds=warmup if options.warmup is None else options.warmup,
             iterations=iterations,
+            setup=setup,
         )
 
     def steps(
