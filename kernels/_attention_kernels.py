@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from stopfast.kernels._launch import power_of_two
+from stopfast.kernels._tiles import shape_class, tiles
 
 MAX_TOKENS = {64: 256, 80: 128}
 """For heads up to a width, how many keys both kernels take. At the widths of published models (24, 32, 64
@@ -119,36 +120,41 @@ def backward_kernel(
     tl.store(dv + sink, dv_tile.to(dv.dtype.element_ty), mask=inside)
 
 
-def forward_tiles(head_dim: int, tokens: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Constants and warps of the forward kernel.
+def forward_tiles(head_dim: int, k: torch.Tensor, rows: int) -> dict[str, Any]:
+    """Constants and warps of the forward kernel for keys ``k`` and so many queries.
 
     Hopper's matrix instructions take 64 rows at least. Scores of 64 rows and 256 keys would spill, and
     so would fp32, which is multiplied without matrix instructions, from operands in registers.
     """
-    constants = _constants(head_dim, tokens)
-    if dtype == torch.float32:
-        return {**constants, "ROWS": 16, "num_warps": 8}
-    if constants["KEYS"] <= 128:
-        return {**constants, "ROWS": 64, "num_warps": 4}
-    if constants["WIDTH"] > 32:
-        return {**constants, "ROWS": 32, "num_warps": 4}
-    return {**constants, "ROWS": 16, "num_warps": 2}
+    constants, shapes = _constants(head_dim, k, rows)
+    if k.dtype == torch.float32:
+        own = {"ROWS": 16, "num_warps": 8}
+    elif constants["KEYS"] <= 128:
+        own = {"ROWS": 64, "num_warps": 4}
+    elif constants["WIDTH"] > 32:
+        own = {"ROWS": 32, "num_warps": 4}
+    else:
+        own = {"ROWS": 16, "num_warps": 2}
+    return {**constants, **tiles("attention_forward", shapes, k.device, own)}
 
 
-def backward_tiles(head_dim: int, tokens: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Constants and warps of the backward kernel.
+def backward_tiles(head_dim: int, k: torch.Tensor, rows: int) -> dict[str, Any]:
+    """Constants, warps and stages of the backward kernel for keys ``k`` and so many queries.
 
     The gradients of keys and values fill most registers; only few rows at a time leave room for the
     scores, and for other programs on the multiprocessor. In fp32 even that spills.
     """
-    constants = _constants(head_dim, tokens)
+    constants, shapes = _constants(head_dim, k, rows)
     keys, width = constants["KEYS"], constants["WIDTH"]
     warps = 4 if keys <= 128 and keys * width <= 8192 else 8
-    if dtype == torch.float32:
+    if k.dtype == torch.float32:
         warps = 8 if keys * width <= 4096 else 16
-    return {**constants, "ROWS": 16, "num_warps": warps}
+    own = {"ROWS": 16, "num_warps": warps, "num_stages": 2}
+    return {**constants, **tiles("attention_backward", shapes, k.device, own)}
 
 
-def _constants(head_dim: int, tokens: int) -> dict[str, Any]:
-    keys, width = power_of_two(tokens, at_least=32), power_of_two(head_dim, at_least=32)
-    return {"HEAD": head_dim, "WIDTH": width, "KEYS": keys}
+def _constants(head_dim: int, k: torch.Tensor, rows: int) -> tuple[dict[str, int], str]:
+    """What shapes alone decide, and their class in a table."""
+    keys, width = power_of_two(k.shape[1], at_least=32), power_of_two(head_dim, at_least=32)
+    shapes = shape_class(k.dtype, d=head_dim, k=keys, r=power_of_two(rows, at_least=32))
+    return {"HEAD": head_dim, "WIDTH": width, "KEYS": keys}, shapes

@@ -5,6 +5,7 @@ import triton
 from torch import Tensor
 
 from stopfast.kernels._launch import launch, power_of_two
+from stopfast.kernels._tiles import shape_class, tiles
 from stopfast.kernels._token_kernels import (
     RANGE,
     WARPS,
@@ -103,15 +104,23 @@ def _noise_weight(
 ) -> Tensor:
     sequences, tokens, columns = gradient.shape
     batch = sample_ids.shape[0]
-    tiles = noise_weight_tiles(gradient.dtype)
-    width = power_of_two(min(columns, tiles.columns))
+    most = noise_weight_tiles(gradient.dtype)
+    own = {
+        "ROWS": most.rows,
+        "DEPTH": most.depth,
+        "COLUMNS": power_of_two(min(columns, most.columns)),
+        "num_warps": WARPS,
+        "num_stages": 2,
+    }
+    shapes = shape_class(gradient.dtype, c=channels, p=columns)
+    cut = tiles("predictor_tokens_noise_weight", shapes, gradient.device, own)
     rows = sequences * tokens
     rows_each, ranges = _ranges(rows)
     partial = torch.empty((ranges, columns, channels), dtype=torch.float32, device=gradient.device)
     blocks = 1 if is_context else index.shape[0]
     launch(
         noise_weight_kernel,
-        (triton.cdiv(channels, tiles.depth), triton.cdiv(columns, width), ranges),
+        (triton.cdiv(channels, cut["DEPTH"]), triton.cdiv(columns, cut["COLUMNS"]), ranges),
         gradient,
         lengths,
         seed,
@@ -127,10 +136,7 @@ def _noise_weight(
         *gradient.stride()[:2],
         rows_each,
         writes=(partial,),
-        num_warps=WARPS,
-        ROWS=tiles.rows,
-        DEPTH=tiles.depth,
-        COLUMNS=width,
+        **cut,
         CONTEXT=is_context,
     )
     return partial.sum(0)

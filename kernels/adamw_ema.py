@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stopfast.kernels._launch import launch
+from stopfast.kernels._tiles import shape_class, tiles
 from stopfast.kernels.arguments import AdamWBuffers
 
 _BLOCK = 1024  # elements, eight of each buffer for a thread
@@ -99,9 +100,11 @@ def _update(
     grad_scale: Tensor | None,
 ) -> None:
     written = (param, exp_avg, exp_avg_sq, average, param_copy, average_copy)
+    own = {"BLOCK": _BLOCK, "BLOCKS": _BLOCKS, "num_warps": 4}
+    cut = tiles("adamw_ema", shape_class(grad.dtype), param.device, own)
     launch(
         _adamw_ema_kernel,
-        (triton.cdiv(param.numel(), _BLOCK * _BLOCKS),),
+        (triton.cdiv(param.numel(), cut["BLOCK"] * cut["BLOCKS"]),),
         param,
         grad,
         exp_avg,
@@ -114,8 +117,7 @@ def _update(
         grad_scale,
         param.numel(),
         writes=[buffer for buffer in written if buffer is not None],
-        BLOCK=_BLOCK,
-        BLOCKS=_BLOCKS,
+        **cut,
     )
 
 

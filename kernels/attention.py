@@ -91,7 +91,7 @@ def _forward(
     q, k, v = (rows_contiguous(t) for t in _split(packed, queries))
     images, rows, width = q.shape
     out = _empty(q)
-    tiles = forward_tiles(width // num_heads, k.shape[1], q.dtype)
+    tiles = forward_tiles(width // num_heads, k, rows)
     launch(
         forward_kernel,
         (triton.cdiv(rows, tiles["ROWS"]) * num_heads * images,),
@@ -152,7 +152,7 @@ def _backward(
         dq.stride(1),
         dk.stride(1),
         writes=(dq, dk, dv),
-        **backward_tiles(width // num_heads, k.shape[1], q.dtype),
+        **backward_tiles(width // num_heads, k, rows),
     )
     return gradients
 

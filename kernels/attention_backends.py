@@ -28,6 +28,17 @@ def sdpa(packed: Tensor, *arguments: Any, **named: Any) -> Tensor:  # noqa: ANN4
         return reference.attention(packed, *arguments, **named)
 
 
+def _preferring(first: SDPBackend) -> Attention:
+    """SDPA by one of its backends, or where that cannot, as flash with padding, by the next."""
+    order = [first, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+    def attention(packed: Tensor, *arguments: Any, **named: Any) -> Tensor:  # noqa: ANN401
+        with sdpa_kernel(order, set_priority=True):
+            return reference.attention(packed, *arguments, **named)
+
+    return attention
+
+
 def triton(
     packed: Tensor,
     num_heads: int,
@@ -97,7 +108,8 @@ def auto(packed: Tensor, num_heads: int, *arguments: Any, **named: Any) -> Tenso
         return reference.attention(packed, num_heads, *arguments, **named)
     queries = arguments[1] if len(arguments) > 1 else named.get("queries")
     head_dim = packed.shape[2] // ((3 if queries is None else 2) * num_heads)
-    chosen = _choose(packed.device.index, head_dim, packed.shape[1])
+    lengths = arguments[2] if len(arguments) > 2 else named.get("lengths")
+    chosen = _choose(packed.device.index, head_dim, packed.shape[1], lengths is not None)
     return chosen(packed, num_heads, *arguments, **named)
 
 
@@ -107,6 +119,9 @@ _NAMED: dict[str, Attention] = {
     "sdpa": sdpa,
     "flex": flex,
     "xformers": xformers,
+    "flash": _preferring(SDPBackend.FLASH_ATTENTION),
+    "efficient": _preferring(SDPBackend.EFFICIENT_ATTENTION),
+    "cudnn": _preferring(SDPBackend.CUDNN_ATTENTION),
 }
 
 
@@ -134,17 +149,17 @@ def _xformers_problem() -> str | None:
     return None
 
 
-def _choose(device: int | None, head_dim: int, tokens: int) -> Attention:
-    for most, name in _entries(device, head_dim):
+def _choose(device: int | None, head_dim: int, tokens: int, padded: bool = False) -> Attention:
+    for most, name in _entries(device, head_dim, padded):
         if tokens <= most:
             return _NAMED[name]
     return sdpa
 
 
 @torch.compiler.assume_constant_result
-def _entries(device: int | None, head_dim: int) -> tuple[tuple[int, str], ...]:
+def _entries(device: int | None, head_dim: int, padded: bool) -> tuple[tuple[int, str], ...]:
     """The table's, without the tokens: as part of the constant they would compile anew at each length."""
-    entries = attention_entries(measured(torch.cuda.get_device_name(device)), head_dim)
+    entries = attention_entries(measured(torch.cuda.get_device_name(device)), head_dim, padded)
     if any(name == "xformers" for _, name in entries) and (problem := _xformers_problem()):
         _warn_once(f"attention is computed by SDPA, since xformers is not there ({problem})")
         return tuple((most, "sdpa" if name == "xformers" else name) for most, name in entries)

@@ -17,11 +17,11 @@ from stopfast.kernels._launch import (
     power_of_two,
     rows_contiguous,
 )
+from stopfast.kernels._tiles import shape_class, tiles
 
 _ELEMENTS = 4096  # of the rows that one program holds at a time
 _MAX_WIDTH = 8192  # a row of it fits the registers of a backward program
-# Programs of backward at most, each with one partial sum of the parameters' gradients: about two for each
-# multiprocessor of an A100 or H100, but asked of no GPU, so that the order of summation is the same on all.
+# Programs of backward at most, each with its partial sum of gradients: about two a multiprocessor.
 _PARTIALS = 256
 
 
@@ -120,16 +120,16 @@ def _forward(
     lines, added = _rows(x), None if residual is None else _rows(residual)
     rows, width = lines.shape
     wide = power_of_two(width)
-    rows_each = max(1, _ELEMENTS // wide)
+    own = {"ROWS": max(1, _ELEMENTS // wide), "num_warps": max(4, wide // 1024)}
+    cut = tiles("layer_norm_forward", shape_class(x.dtype, dtype, c=wide), x.device, own)
     launch(
         _forward_kernel,
-        (triton.cdiv(rows, rows_each),),
+        (triton.cdiv(rows, cut["ROWS"]),),
         *(lines, added, weight, bias),
         *(None if residual is None else total, normed, rstd),
         *(rows, width, lines.stride(0), 0 if added is None else added.stride(0), eps),
         writes=(total, normed, rstd),
-        num_warps=max(4, wide // 1024),
-        ROWS=rows_each,
+        **cut,
         WIDTH=wide,
     )
     return total, normed, rstd
@@ -163,10 +163,13 @@ def _backward(
     through = None if through_total is None else _rows(through_total)
     rows, width = lines.shape
     wide = power_of_two(width)
-    rows_each = max(1, _ELEMENTS // wide)
-    tiles = triton.cdiv(rows, rows_each)
+    tall = max(1, _ELEMENTS // wide)
+    own = {"ROWS": tall, "num_warps": max(8, wide // 256), "programs": _PARTIALS}
+    shapes = shape_class(total.dtype, upstream.dtype, c=wide)
+    cut = tiles("layer_norm_backward", shapes, total.device, own)
+    count, most = triton.cdiv(rows, cut["ROWS"]), cut.pop("programs")
     # As many programs as give each the same number of tiles, the last ones apart.
-    programs = triton.cdiv(tiles, triton.cdiv(tiles, _PARTIALS)) if tiles else 0
+    programs = triton.cdiv(count, triton.cdiv(count, most)) if count else 0
     partial = torch.empty(programs, 2, width, dtype=torch.float32, device=total.device)
     launch(
         _backward_kernel,
@@ -176,8 +179,7 @@ def _backward(
         *(rows, width, 0 if through is None else through.stride(0)),
         *(slopes.stride(0), lines.stride(0)),
         writes=(dx, dresidual, partial),
-        num_warps=max(8, wide // 256),
-        ROWS=rows_each,
+        **cut,
         WIDTH=wide,
     )
     return dx, dresidual, partial.sum(0) if affine else partial.new_empty(0)
@@ -215,12 +217,10 @@ def _differentiate(ctx, through_total: Tensor | None, upstream: Tensor | None, *
         return through_total.to(of_x), through_total.to(of_residual), None, None, None, None
     through = through_total if of_residual is not None else None
     affine = of_weight is not None or of_bias is not None
-    dx, other, partial = _backward(
-        through, upstream, total, rstd, weight, of_x, of_residual, affine
-    )
+    dx, other, sums = _backward(through, upstream, total, rstd, weight, of_x, of_residual, affine)
     dresidual = None if of_residual is None else dx if of_residual == of_x else other
-    dweight = None if of_weight is None else partial[0].to(of_weight)
-    dbias = None if of_bias is None else partial[1].to(of_bias)
+    dweight = None if of_weight is None else sums[0].to(of_weight)
+    dbias = None if of_bias is None else sums[1].to(of_bias)
     return dx, dresidual, dweight, dbias, None, None
 
 

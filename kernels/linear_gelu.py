@@ -17,10 +17,11 @@ from stopfast.kernels._launch import (
     power_of_two,
     rows_contiguous,
 )
+from stopfast.kernels._tiles import Tiles, shape_class, tiles
 
 _ELEMENTS = 2048  # that one program of backward holds at a time
-# Programs of backward at most, in all; each has a partial sum of the bias's gradient. Not asked of the
-# GPU, so that the order of summation is the same on every one: about four for each multiprocessor.
+# Programs of backward at most, in all; each has a partial sum of the bias's gradient: about four for each
+# multiprocessor. Where no table says otherwise, the order of summation is the same on every GPU.
 _PROGRAMS = 512
 
 
@@ -134,13 +135,16 @@ def _backward_kernel(
         tl.store(partial + at, tl.sum(total, 0), mask=held)
 
 
-def _tile(rows: int, columns: int, dtype: torch.dtype) -> tuple[int, int, int, int, int]:
-    """Rows, columns and depth of a tile, warps and stages."""
-    if dtype == torch.float32:
-        return 64, 64, 32, 4, 2
-    if rows * columns >= 128 * 128 * 256:  # enough of the large tiles for every multiprocessor
-        return 128, 128, 64, 8, 3
-    return 64, 64, 64, 4, 3
+def _forward_tiles(lines: Tensor, columns: int) -> Tiles:
+    rows, depth = lines.shape
+    large = rows * columns >= 128 * 128 * 256  # enough of the large tiles for every multiprocessor
+    own = {"ROWS": 64, "COLUMNS": 64, "DEPTH": 64, "num_warps": 4, "num_stages": 3, "GROUP": 8}
+    if lines.dtype == torch.float32:
+        own |= {"DEPTH": 32, "num_stages": 2}
+    elif large:
+        own |= {"ROWS": 128, "COLUMNS": 128, "num_warps": 8}
+    shapes = shape_class(lines.dtype, c=depth, f=columns) + " large" * large
+    return tiles("linear_gelu_forward", shapes, lines.device, own)
 
 
 @torch.library.custom_op("stopfast::linear_gelu", mutates_args=())
@@ -149,20 +153,17 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, save: bool) -> tupl
     result, pre = _empty(x, weight, save)
     lines, weight = rows_contiguous(x.reshape(-1, x.shape[-1])), rows_contiguous(weight)
     (rows, depth), columns = lines.shape, weight.shape[0]
-    tall, wide, deep, warps, stages = _tile(rows, columns, x.dtype)
+    cut = _forward_tiles(lines, columns)
+    group = cut.pop("GROUP")
     launch(
         _forward_kernel,
-        (triton.cdiv(rows, tall) * triton.cdiv(columns, wide),),
+        (triton.cdiv(rows, cut["ROWS"]) * triton.cdiv(columns, cut["COLUMNS"]),),
         *(lines, weight, bias, result, pre if save else None),
         *(rows, columns, depth, lines.stride(0), weight.stride(0)),
         writes=(result, pre),
-        num_warps=warps,
-        num_stages=stages,
-        ROWS=tall,
-        COLUMNS=wide,
-        DEPTH=deep,
-        WHOLE=depth % deep == 0,
-        GROUP=8,
+        **cut,
+        WHOLE=depth % cut["DEPTH"] == 0,
+        GROUP=group,
     )
     return result, pre
 
@@ -183,11 +184,13 @@ def _backward(upstream: Tensor, pre: Tensor, biased: bool) -> tuple[Tensor, Tens
     rows, columns = pre.shape
     slopes = rows_contiguous(upstream.reshape(rows, columns))
     wide = min(256, power_of_two(columns))
-    tall = _ELEMENTS // wide
-    stripes, tiles = triton.cdiv(columns, wide), triton.cdiv(rows, tall)
+    own = {"ROWS": _ELEMENTS // wide, "COLUMNS": wide, "num_warps": 8, "programs": _PROGRAMS}
+    shapes = shape_class(pre.dtype, f=power_of_two(columns))
+    cut = tiles("linear_gelu_backward", shapes, pre.device, own)
+    stripes, count = triton.cdiv(columns, cut["COLUMNS"]), triton.cdiv(rows, cut["ROWS"])
     # As many programs as give each the same number of tiles, the last ones apart.
-    each = triton.cdiv(tiles, max(1, _PROGRAMS // stripes))
-    programs = triton.cdiv(tiles, each) if tiles else 0
+    each = triton.cdiv(count, max(1, cut.pop("programs") // stripes))
+    programs = triton.cdiv(count, each) if count else 0
     result = torch.empty(pre.shape, dtype=pre.dtype, device=pre.device)
     partial = torch.empty(programs, columns, dtype=torch.float32, device=pre.device)
     launch(
@@ -196,9 +199,7 @@ def _backward(upstream: Tensor, pre: Tensor, biased: bool) -> tuple[Tensor, Tens
         *(slopes, pre, result, partial if biased else None),
         *(rows, columns, slopes.stride(0)),
         writes=(result, partial),
-        num_warps=8,
-        ROWS=tall,
-        COLUMNS=wide,
+        **cut,
     )
     return result, partial.sum(0) if biased else partial.new_empty(0)
 

@@ -16,6 +16,7 @@ from stopfast.kernels._launch import (
     power_of_two,
     rows_contiguous,
 )
+from stopfast.kernels._tiles import Tiles, shape_class, tiles
 from stopfast.kernels._token_gradients import predictor_tokens_backward
 from stopfast.kernels._token_kernels import WARPS, token_tiles, tokens_kernel
 from stopfast.kernels.arguments import Noise, Places, check_draws
@@ -145,18 +146,14 @@ def _forward(
     depth, columns = x.shape[2], pos_embed.shape[1]
     projection = (noise_weight if noise_weight is not None else weight) if projected else None
     channels = columns if projection is None else projection.shape[1]
-    tiles = token_tiles(x.dtype)
-    width = min(tiles.columns, power_of_two(columns))
-    side_by_side = min(tiles.most, triton.cdiv(columns, width))
     slots = kept + tokens
     copies = sequences // max(1, batch)
     for is_context, noisy in ((True, on_context), (False, on_queries)):
         rows = sequences * kept if is_context else blocks * sequences * tokens
-        # Without a product it is a copy, which smaller programs spread better.
-        rows_each = tiles.rows if is_context or noisy else min(32, tiles.rows)
+        cut = _cut(x, columns, is_context, noisy)
         launch(
             tokens_kernel,
-            (triton.cdiv(rows, rows_each), triton.cdiv(columns, side_by_side * width)),
+            (triton.cdiv(rows, cut["ROWS"]), triton.cdiv(columns, cut["TILES"] * cut["COLUMNS"])),
             x if is_context else None,
             weight if is_context else None,
             projection if noisy else None,
@@ -184,15 +181,28 @@ def _forward(
             blocks if is_context else 1,
             sequences * slots * columns,
             writes=(result,),
-            num_warps=WARPS,
-            ROWS=rows_each,
-            DEPTH=tiles.depth,
-            COLUMNS=width,
-            TILES=side_by_side,
+            **cut,
             CONTEXT=is_context,
             NOISY=noisy,
         )
     return result
+
+
+def _cut(x: Tensor, columns: int, is_context: bool, noisy: bool) -> Tiles:
+    most = token_tiles(x.dtype)
+    width = min(most.columns, power_of_two(columns))
+    own = {
+        # Without a product it is a copy, which smaller programs spread better.
+        "ROWS": most.rows if is_context or noisy else min(32, most.rows),
+        "DEPTH": most.depth,
+        "COLUMNS": width,
+        "TILES": min(most.most, triton.cdiv(columns, width)),
+        "num_warps": WARPS,
+        "num_stages": 2,
+    }
+    kernel = f"predictor_tokens_{'context' if is_context else 'queries'}"
+    shapes = shape_class(x.dtype, c=x.shape[2], p=columns) + " noisy" * noisy
+    return tiles(kernel, shapes, x.device, own)
 
 
 def _empty(x: Tensor, target: Tensor, pos_embed: Tensor) -> Tensor:
@@ -210,19 +220,8 @@ def _(x: Tensor, context: Tensor, target: Tensor, lengths: Tensor | None, weight
 def _save(ctx, inputs, output) -> None:
     x, context, target, lengths, weight, bias, pos_embed, offset, seed, *others = inputs
     ids, noise_weight, queries, context_draws, *ctx.plain = others
-    ctx.save_for_backward(
-        x,
-        context,
-        target,
-        lengths,
-        weight,
-        pos_embed,
-        seed,
-        ids,
-        noise_weight,
-        queries,
-        context_draws,
-    )
+    known = (x, context, target, lengths, weight, pos_embed, seed, ids)
+    ctx.save_for_backward(*known, noise_weight, queries, context_draws)
     ctx.dtypes = [None if t is None else t.dtype for t in (bias, offset)]
 
 

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stopfast.kernels._launch import check_shapes, dense, launch, power_of_two, rows_contiguous
+from stopfast.kernels._tiles import shape_class, tiles
 
 _ELEMENTS = 4096  # of one program
 
@@ -89,8 +90,10 @@ def _run(
     prediction, features = rows_contiguous(prediction), rows_contiguous(features)
     sequences, width = prediction.shape[0], prediction.shape[2]
     wide = power_of_two(width)
-    rows_each = max(1, _ELEMENTS // wide)
-    programs = triton.cdiv(sequences * tokens, rows_each)
+    own = {"ROWS": max(1, _ELEMENTS // wide), "num_warps": 4}
+    kernel = f"target_smooth_l1_{'forward' if upstream is None else 'backward'}"
+    cut = tiles(kernel, shape_class(prediction.dtype, c=wide), prediction.device, own)
+    programs = triton.cdiv(sequences * tokens, cut["ROWS"])
     if upstream is None:
         result = torch.empty(programs, dtype=torch.float32, device=prediction.device)
     else:
@@ -112,7 +115,7 @@ def _run(
         *prediction.stride()[:2],
         *features.stride()[:2],
         writes=(result,),
-        ROWS=rows_each,
+        **cut,
         WIDTH=wide,
         BACKWARD=upstream is not None,
     )
