@@ -89,6 +89,20 @@ def init_weights(model: nn.Module, blocks: nn.ModuleList, std: float, rescale: b
                 block.mlp.fc2.weight /= (2.0 * number) ** 0.5
 
 
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    compiled = torch.compile(function, dynamic=True)
+
+    def call(*args: object) -> Tensor:
+        for each in args:
+            if isinstance(each, Tensor):
+                # Unmarked, sizes that happen to be equal at first, or equal to some width, are taken
+                # to be so for good, and the first step where they are not compiles again.
+                torch._dynamo.maybe_mark_dynamic(each, [0, 1])
+        return compiled(*args)
+
+    return call
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with a packed projection (rows q, k, v in that order)."""
 
@@ -199,9 +213,9 @@ class Block(nn.Module):
         return self._run(self._forward_shared, x, contexts, kept, queries_only, slots)
 
     def compile_parts(self) -> None:
-        """Compile what the block computes, for sequences of any length; keys and weights stay."""
-        self._forward = torch.compile(self._forward, dynamic=True)
-        self._forward_shared = torch.compile(self._forward_shared, dynamic=True)
+        """Compile what the block computes, once for any lengths and batches; keys and weights stay."""
+        self._forward = _compiled(self._forward)
+        self._forward_shared = _compiled(self._forward_shared)
 
     def _run(self, function: Callable[..., Tensor], *args: object) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():
