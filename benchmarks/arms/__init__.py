@@ -1,17 +1,31 @@
 """The arms of the step benchmarks, by name."""
 
 from collections.abc import Callable
+from functools import partial
 
+from benchmarks.arms.assembled import Bucketed, Compiled
+from benchmarks.arms.captured import Captured
+from benchmarks.arms.libraries import Apex, xformers_arm
+from benchmarks.arms.ours import WITH, WITHOUT, stopfast
 from benchmarks.arms.program import Program
 from benchmarks.arms.protocol import StepArm
 from benchmarks.arms.published import Published
 from benchmarks.refusals import NotHere
 from benchmarks.workload import Workload
 
-__all__ = ["ARMS", "NotHere", "StepArm"]
+__all__ = ["ARMS", "OURS", "PUBLISHED", "NotHere", "StepArm"]
 
+PUBLISHED, OURS = "published", "stopfast"
 ARMS: dict[str, Callable[[Workload], StepArm]] = {
-    "published": Published,
+    PUBLISHED: Published,
+    OURS: stopfast,
+    "compile + SDPA, whole step captured": Captured,
+    "compile + SDPA, buckets, reduce-overhead": Bucketed,
+    "compile + SDPA": Compiled,
     "published without needless costs": Program,
+    "compile + xformers": xformers_arm,
+    "apex": Apex,
+    **{f"{OURS} without {name}": partial(stopfast, change=c) for name, c in WITHOUT.items()},
+    **{f"{OURS} with {name}": partial(stopfast, change=c) for name, c in WITH.items()},
 }
-"""What builds each arm; it raises :class:`NotHere` where the arm cannot run."""
+"""What builds each arm, the most telling first; it raises :class:`NotHere` where the arm cannot run."""

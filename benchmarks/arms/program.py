@@ -140,13 +140,9 @@ class Program:
         """Take one optimiser step."""
         scalars = published_scalars(self.workload.config.optim, number)
         self._set_scalars(scalars)
-        masks = self._masks(self.workload.masks_of(number))
-        enabled = self.workload.precision == "bf16"
-        with torch.autocast(self.device.type, _AUTOCAST, enabled=enabled):
-            loss = self._loss(masks, noise)
-        self._update(loss)
+        loss = self._take(self._masks(self.workload.masks_of(number)), noise)
         self._follow(scalars.momentum)
-        return loss.detach()
+        return loss
 
     def weights(self) -> dict[str, Tensor]:
         """Weights by part and published key."""
@@ -169,6 +165,10 @@ class Program:
         """Nothing is compiled or captured."""
         return {"compilations": 0, "graphs": 0}
 
+    def choices(self) -> dict[str, str]:
+        """Nothing is measured."""
+        return {}
+
     def close(self) -> None:
         """Nothing is held."""
 
@@ -186,6 +186,17 @@ class Program:
             for group in (masks.context, masks.target)
         )
         return Masks(context, target)
+
+    def _take(self, masks: Masks, noise: list[Tensor] | None) -> Tensor:
+        """Loss, gradients and update."""
+        loss = self._forward(masks, noise)
+        self._update(loss)
+        return loss.detach()
+
+    def _forward(self, masks: Masks, noise: list[Tensor] | None) -> Tensor:
+        enabled = self.workload.precision == "bf16"
+        with torch.autocast(self.device.type, _AUTOCAST, enabled=enabled):
+            return self._loss(masks, noise)
 
     def _loss(self, masks: Masks, noise: list[Tensor] | None) -> Tensor:
         encoder, predictor, target_encoder = self.networks

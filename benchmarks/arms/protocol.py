@@ -28,6 +28,10 @@ class StepArm(Protocol):
         """Compilations and captured graphs so far."""
         ...
 
+    def choices(self) -> dict[str, str]:
+        """What it chose by measurement, for the record."""
+        ...
+
     def close(self) -> None:
         """Give back what the arm holds beyond its own memory."""
         ...
