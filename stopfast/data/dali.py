@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from stopfast.config import DataConfig, Transforms
-from stopfast.data.batch import Batch, Encoded, unreadable
+from stopfast.data.batch import Batch, Encoded, host_batch, unreadable
 from stopfast.data.draws import Draws
 from stopfast.data.images import Images
 from stopfast.data.pixels import check_stored, open_stored
@@ -69,7 +69,8 @@ def _copied(tensor: Any, copies: torch.cuda.Stream | None) -> torch.Tensor:  # n
     since on that of the steps it would wait for these too.
     """
     if copies is None:
-        return torch.from_dlpack(tensor).clone()
+        own = torch.from_dlpack(tensor)
+        return host_batch(*own.shape).copy_(own)
     with torch.cuda.stream(copies):
         copy = torch.from_dlpack(tensor).clone()
     copies.synchronize()
@@ -124,6 +125,7 @@ def _pipeline(
     )
     def pipeline() -> tuple[Any, ...]:
         images: Any
+        drawn: list[Any]
         count = 5 + (transforms.gray > 0) + (transforms.blur > 0)
         stored, samples, top_left, size, flip, *drawn = fn.external_source(
             source=source, num_outputs=count, batch=True
@@ -143,8 +145,8 @@ def _pipeline(
             interp_type=types.DALIInterpType.INTERP_LINEAR,
             antialias=True,
         )
-        # The mirroring comes last here, for both are blind to it. DALI makes the inner conditions a split of
-        # the batch: an image that is not to be changed costs nothing.
+        # The mirroring comes last here, for both are blind to it. Of the inner conditions DALI makes a split
+        # of the batch: an image that is not to be changed costs nothing.
         if transforms.gray > 0:
             gray = drawn.pop(0)
             if gray:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stopfast.config import Transforms
 from stopfast.data.ahead import read_ahead
-from stopfast.data.batch import Batch, Encoded, unreadable
+from stopfast.data.batch import Batch, Encoded, host_batch, unreadable
 from stopfast.data.images import Images
 from stopfast.data.pixels import cut, open_stored
 
@@ -72,7 +72,7 @@ def _decoded(
             count = len(batch.samples)
             # To a GPU go the bytes, a quarter of the numbers.
             out = (
-                torch.empty(count, 3, *size)
+                host_batch(count, 3, *size)
                 if copies is None
                 else torch.empty(count, *size, 3, dtype=torch.uint8, pin_memory=True)
             )
