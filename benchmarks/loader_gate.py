@@ -13,6 +13,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from benchmarks.feeds import Batches, Fed, Feed
+from benchmarks.refusals import Disagreement
 from stopfast.config import Transforms
 from stopfast.data.images import Images, open_images
 from stopfast.data.pixels import open_stored
@@ -27,10 +28,6 @@ _CASES: dict[str, tuple[dict[str, float], float]] = {
     # Blurs continue an image beyond its border in ways of their own.
     "blur": ({"blur": 1.0}, 2.0),
 }
-
-
-class Disagreement(Exception):
-    """A loader shows something else than it should; it is not timed."""
 
 
 def check_loader(begin: Callable[[Feed], Batches], feed: Feed) -> dict[str, float]:

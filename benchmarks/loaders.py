@@ -11,8 +11,8 @@ from typing import Literal
 
 import torch
 
-from benchmarks.arms.protocol import NotHere
 from benchmarks.feeds import ENDLESS, Batches, Fed, Feed, moved
+from benchmarks.refusals import NotHere
 from benchmarks.worker_loaders import worker_batches
 from stopfast.config import DataConfig
 from stopfast.data.batch import Batch

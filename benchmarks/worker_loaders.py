@@ -9,9 +9,9 @@ from PIL import Image, ImageFilter
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from benchmarks.arms.protocol import NotHere
 from benchmarks.feeds import ENDLESS, Batches, Fed, Feed, moved
 from benchmarks.mask_loops import Masks, Rules, numpy_loop_masks, torch_loop_masks
+from benchmarks.refusals import NotHere
 from stopfast.config import Transforms
 from stopfast.data.images import Images
 
