@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -83,12 +82,9 @@ class _Given(NamedTuple):
         return cls((launches, spec, values), leaves, spec)
 
 
-@dataclass
-class _Graph:
-    inputs: list[Tensor]
-    """What it reads, in the order of the tensors among the leaves."""
+class _Graph(NamedTuple):
     replay: Callable[[], None]
-    updated: list[Tensor] = field(default_factory=list)
+    updated: list[Tensor]
 
 
 class StepGraphs:
@@ -139,8 +135,11 @@ class StepGraphs:
                 self.counts["eager"] += 1
                 return self._eager(inputs, work)
             self._optimizer.check_memory()
-            graph = self._graphs.get(given.key) or self._capture(given, work)
-            self._fill(graph.inputs, given.leaves)
+            held = self._filled(given.leaves)
+            graph = self._graphs.get(given.key)
+            if graph is None:
+                inputs = pytree.tree_unflatten(held, given.spec)
+                graph = self._graphs[given.key] = self._capture(inputs, work)
             graph.replay()
         self.counts["replayed"] += 1
         self._optimizer.mark_updated(graph.updated)
@@ -164,11 +163,7 @@ class StepGraphs:
             self._loss = torch.empty_like(loss)  # in no graph's memory
         return loss
 
-    def _capture(self, given: _Given, work: Work) -> _Graph:
-        held = [self._held(at, x) for at, x in enumerate(given.leaves) if isinstance(x, Tensor)]
-        others = iter(held)
-        leaves = [next(others) if isinstance(x, Tensor) else x for x in given.leaves]
-        inputs = pytree.tree_unflatten(leaves, given.spec)
+    def _capture(self, inputs: Any, work: Work) -> _Graph:  # noqa: ANN401
         updated: list[Tensor] = []
 
         def body() -> None:
@@ -184,19 +179,17 @@ class StepGraphs:
                 "(--step.no-graphs), or take out of the objective's loss what waits for the device"
             ) from error
         self.counts["graphs"] += 1
-        self._graphs[given.key] = _Graph(held, replay, updated)
-        return self._graphs[given.key]
+        return _Graph(replay, updated)
 
-    def _held(self, at: int, like: Tensor) -> Tensor:
-        """Memory for leaf number ``at``, on the steps' device wherever the leaf itself is."""
-        key = (at, like.shape, like.dtype, like.stride())
-        if key not in self._memory:
-            self._memory[key] = torch.empty_like(like, device=self._device)
-        return self._memory[key]
-
-    @staticmethod
     @torch.no_grad()
-    def _fill(held: list[Tensor], leaves: list[Any]) -> None:
-        new = [x for x in leaves if isinstance(x, Tensor)]
-        for memory, leaf in zip(held, new, strict=True):
-            memory.copy_(leaf, non_blocking=True)
+    def _filled(self, leaves: list[Any]) -> list[Any]:
+        """The leaves in memory that stays, on the steps' device wherever they are themselves."""
+        held = []
+        for at, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor):
+                key = (at, leaf.shape, leaf.dtype, leaf.stride())
+                if key not in self._memory:
+                    self._memory[key] = torch.empty_like(leaf, device=self._device)
+                leaf = self._memory[key].copy_(leaf, non_blocking=True)
+            held.append(leaf)
+        return held
