@@ -234,11 +234,10 @@ def _steps(run: _Run, monitors: Monitors, journal: Journal, request: StopRequest
                 loss = _finite(journal.flush(), run.done)
                 timing = meter.report()
                 bar.update(task, description=f"loss {loss:.4f}")
-                skipped = f", {run.step.skipped} steps skipped" if run.step.skipped else ""
                 run.tell(
                     f"loss {loss:.4f}, lr {result.scalars['lr']:.2e}, "
                     f"{timing.describe(run.last_step - run.done)}, "
-                    f"{memory_in_use(run.step.device)}{skipped}"
+                    f"{memory_in_use(run.step.device)}{_counted(run.step)}"
                 )
             elif run.done == first:
                 meter.reset()  # it had all that happens once in it
@@ -254,6 +253,13 @@ def _steps(run: _Run, monitors: Monitors, journal: Journal, request: StopRequest
             if stop:
                 run.console.print(f"stopped by {stop.name}")
                 return
+
+
+def _counted(step: TrainStep) -> str:
+    """What was left out, captured and compiled so far; the latter two end within some hundred steps."""
+    counts = {"skipped": step.skipped, **step.counts()}
+    names = {"skipped": "steps skipped", "graphs": "CUDA graphs", "compilations": "compilations"}
+    return "".join(f", {counts[key]} {name}" for key, name in names.items() if counts[key])
 
 
 def _look(run: _Run, monitors: Monitors, journal: Journal) -> None:
