@@ -145,8 +145,8 @@ def _pipeline(
             interp_type=types.DALIInterpType.INTERP_LINEAR,
             antialias=True,
         )
-        # The mirroring comes last here, for both are blind to it. DALI takes the inner conditions for splits of
-        # the batch: an image that is not to be changed costs nothing.
+        # The mirroring comes last here, for both are blind to it. The inner conditions are splits of the
+        # batch to DALI: an image that is not to be changed costs nothing.
         if transforms.gray > 0:
             gray = drawn.pop(0)
             if gray:
