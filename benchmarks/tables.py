@@ -65,6 +65,16 @@ def info(name: str, form: str = "{}", scale: float = 1.0) -> Cell:
     return cell
 
 
+def counted(name: str) -> Cell:
+    """Return a column of a cold run's last count."""
+
+    def cell(one: Measured, _: list[Measured]) -> str:
+        counts = one.info.get("counts")
+        return str(list(counts.values())[-1][name]) if counts else ""
+
+    return cell
+
+
 ARM: list[tuple[str, Cell]] = [("arm", lambda one, _: one.arm)]
 MS: list[tuple[str, Cell]] = [("ms (10th to 90th percentile)", ms)]
 PEAK: list[tuple[str, Cell]] = [("peak GiB", info("peak_bytes", "{:.2f}", 2**30))]
@@ -92,14 +102,15 @@ COLUMNS: dict[str, list[tuple[str, Cell]]] = {
         *RATIOS,
     ],
     "cold": [
-        *_about("model", "images", "precision"),
+        *_about("model", "images", "precision", "steps"),
         *ARM,
         *MS,
-        ("longest ms", info("longest_ms", "{:.0f}")),
+        ("all of them, s", lambda one, _: f"{sum(one.samples) * 1e-3:.1f}" if one.samples else ""),
+        ("building, s", info("build_s", "{:.1f}")),
         ("stalls", info("stalls")),
-        ("all, s", info("total_s", "{:.1f}")),
-        ("compilations", info("compilations")),
-        ("graphs", info("graphs")),
+        ("longest, s", info("longest_ms", "{:.2f}", 1e3)),
+        ("compilations", counted("compilations")),
+        ("graphs", counted("graphs")),
     ],
     "predictor": [*_about("model", "images", "variant", "tokens"), *ARM, *MS, *PEAK, *RATIOS],
     "masks": [*_about("grid", "images", "calls"), *ARM, *MS, ("x fastest other", times_assembled)],
@@ -107,6 +118,7 @@ COLUMNS: dict[str, list[tuple[str, Cell]]] = {
         *_about("transforms", "images", "workers"),
         *ARM,
         *RATE,
+        ("busy cores", info("busy_cores", "{:.2f}")),
         ("images/s of a busy core", info("images_per_core_s", "{:.0f}")),
         *MS,
     ],
@@ -231,7 +243,9 @@ def _beside_the_roof(measured: list[Measured], folder: Path) -> Iterator[Measure
     """Add to steps and operations what they are beside the device's newest measured ceilings."""
     roofs = _roofs(folder)
     for one in measured:
-        roof = roofs(one) if one.ms and one.info["kind"] in ("step", "ops") else None
+        # A step's row has the figures of the very steps that were timed, if ceilings were known then.
+        wanted = one.info["kind"] in ("step", "ops") and "roof_share" not in one.info
+        roof = roofs(one) if one.ms and wanted else None
         if roof is None or one.ms is None:
             yield one
         elif one.info["kind"] == "step":
