@@ -68,7 +68,20 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 def _cell(item: pytest.Item) -> Cell | None:
-    return item.callspec.params.get("cell") if hasattr(item, "callspec") else None  # type: ignore[attr-defined]
+    found = item.callspec.params.get("cell") if hasattr(item, "callspec") else None  # type: ignore[attr-defined]
+    return found if isinstance(found, Cell) else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the functions whose kind has no measurement in the plan."""
+    empty = [item for item in items if "bench" in _fixtures(item) and _cell(item) is None]
+    if empty:
+        config.hook.pytest_deselected(items=empty)
+        items[:] = [item for item in items if item not in empty]
+
+
+def _fixtures(item: pytest.Item) -> list[str]:
+    return getattr(item, "fixturenames", [])
 
 
 def _recorder(item: pytest.Item) -> Recorder:
