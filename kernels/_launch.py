@@ -27,6 +27,7 @@ class Launch(NamedTuple):
 class _Watch(NamedTuple):
     launches: list[Launch]
     run: bool
+    compiled: list[Any]
 
 
 # Backward runs in a thread of its own on a GPU, so what watches launches cannot be local to a thread.
@@ -36,12 +37,25 @@ _watches: list[_Watch] = []
 @contextmanager
 def watch_launches(run: bool = True) -> Iterator[list[Launch]]:
     """Collect the launches made inside; with ``run=False`` they are collected instead of made."""
-    watch = _Watch([], run)
+    with _watching(run) as watch:
+        yield watch.launches
+
+
+@contextmanager
+def watch_compiled() -> Iterator[list[Any]]:
+    """Collect what Triton made of each kernel that is launched inside; the interpreter makes nothing."""
+    with _watching(True) as watch:
+        yield watch.compiled
+
+
+@contextmanager
+def _watching(run: bool) -> Iterator[_Watch]:
+    watch = _Watch([], run, [])
     _watches.append(watch)
     try:
-        yield watch.launches
+        yield watch
     finally:
-        _watches.remove(watch)
+        _watches[:] = [each for each in _watches if each is not watch]  # two may be equal
 
 
 def interpreted(kernel: object) -> bool:
@@ -94,7 +108,9 @@ def launch(
         )
     elif device.type == "cuda":
         with torch.cuda.device(device):
-            kernel[tuple(grid)](*arguments, **constants, **options)
+            compiled = kernel[tuple(grid)](*arguments, **constants, **options)
+        for watch in _watches:
+            watch.compiled.append(compiled)
     else:
         raise ValueError(
             f"{name}: expected tensors on a GPU, got {device.type}; on the CPU use ops=EAGER, or set "

@@ -106,7 +106,7 @@ def trying(entries: Mapping[tuple[str, str], Tiles]) -> Iterator[list[Asked]]:
     try:
         yield trial.asked
     finally:
-        _trials.remove(trial)
+        _trials[:] = [each for each in _trials if each is not trial]  # two may be equal
 
 
 def shape_class(*dtypes: torch.dtype, **sizes: int | str) -> str:
