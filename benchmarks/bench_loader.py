@@ -55,7 +55,7 @@ class LoaderOptions(Options):
     """Folder of photographs, or a tar of them."""
     images: tuple[int, ...] = (64,)
     workers: tuple[int, ...] = ()
-    """Threads, or processes, that decode; by default 1, 2 and as many as there are cores."""
+    """Threads, or processes, that decode; by default as many as there are cores, then 2 and 1."""
     augment: tuple[Augmentation, ...] = ("crop-flip", "all")
     threads: int | None = 1
     """Threads of torch in the process that asks; decoding has those of ``workers``."""
@@ -71,7 +71,7 @@ OPTIONS = LoaderOptions
 
 def plan(options: LoaderOptions) -> Iterator[Cell]:
     """Every arm with each number of workers; the augmentations apart."""
-    counts = options.workers or tuple(sorted({1, min(2, CORES), CORES}))
+    counts = options.workers or tuple(sorted({1, min(2, CORES), CORES}, reverse=True))
     for augment in options.augment:
         for images in options.images:
             for workers in counts:
@@ -80,7 +80,11 @@ def plan(options: LoaderOptions) -> Iterator[Cell]:
 
 
 def run(options: LoaderOptions) -> int:
-    """Measure, and print what feeds which model."""
+    """Measure, and print what feeds which model.
+
+    Raises:
+        ValueError: no photographs are told.
+    """
     if options.data is None:
         raise ValueError("expected photographs, got none: --data FOLDER or TAR")
     status = engine.run(Path(__file__).name, options)
