@@ -41,6 +41,7 @@ def first_positions(member: Tensor, rank: Tensor, kept: int) -> Tensor:
     """Positions of the first ``kept`` true of each row of [B, E, N], by their running count."""
     rows, patches = member.shape[:2], member.shape[2]
     # numpy compares and searches six times as fast as torch
-    found = torch.from_numpy(np.flatnonzero(member.numpy() & (rank.numpy() <= kept)))
+    order = rank.numpy()
+    found = torch.from_numpy(np.flatnonzero(member.numpy() & (order <= kept)))
     start = torch.arange(0, rows.numel() * patches, patches)
     return found.view(*rows, kept) - start.view(*rows, 1)

@@ -33,7 +33,8 @@ class Mutant(NamedTuple):
     wrong: str
 
 
-MASKING, PREDICTOR, ENCODER = "stopfast/masking.py", "stopfast/predictor.py", "stopfast/encoder.py"
+MASKING, TABLES = "stopfast/masking.py", "stopfast/mask_tables.py"
+PREDICTOR, ENCODER = "stopfast/predictor.py", "stopfast/encoder.py"
 REFERENCE, BLOCK, OPTIM = "kernels/reference.py", "stopfast/block.py", "stopfast/optim.py"
 NOISE = "kernels/noise.py"
 SCHEDULES, POSITIONS = "stopfast/schedules.py", "stopfast/pos_embed.py"
@@ -62,7 +63,7 @@ MUTANTS = (
         "if kept <= self.min_keep:",
         "if kept < self.min_keep:",
     ),
-    Mutant(3, "wrong complement", MASKING, "& ~covered", "& covered"),
+    Mutant(3, "wrong complement", TABLES, "& ~covered", "& covered"),
     Mutant(
         3,
         "first targets dropped first",
@@ -73,15 +74,15 @@ MUTANTS = (
     Mutant(
         4,
         "last patches kept",
-        MASKING,
-        "member & (rank <= kept)",
-        "member & (rank > rank[..., -1:] - kept)",
+        TABLES,
+        "member.numpy() & (order <= kept)",
+        "member.numpy() & (order > order[..., -1:] - kept)",
     ),
     Mutant(
         4,
         "padded to the longest instead of cut to the shortest",
         MASKING,
-        "_first(member, rank, kept)",
+        "first_positions(member, rank, kept)",
         "member.byte().topk(int(rank.max()), -1).indices.sort(-1).values",
     ),
     Mutant(

@@ -99,13 +99,13 @@ def test_padding_changes_nothing(name: str, ops: Ops, device: torch.device):
         assert relative_error(value, expected[key]) < 1e-5, key
 
 
-@pytest.mark.parametrize("ops", [EAGER, FUSED], ids=lambda ops: ops.name)
-def test_padding_of_the_features_may_be_nan(ops: Ops, device: torch.device):
+@pytest.mark.parametrize(("ops", "depth"), [(EAGER, 1), (EAGER, 2), (FUSED, 1)])
+def test_padding_of_the_features_may_be_nan(ops: Ops, depth: int, device: torch.device):
     """What the predictor is given for padding reaches no prediction and no gradient."""
     x, masks_x, masks = (
         [m.to(device) for m in t] if isinstance(t, list) else t.to(device) for t in inputs()
     )
-    predictor = small_predictor(apply_stop=True, ops=ops).to(device)
+    predictor = small_predictor(apply_stop=True, depth=depth, ops=ops).to(device)
     call = {"seed": torch.tensor([3, 1], device=device)}
 
     def run(x: Tensor, masks: Masks, wanted: int) -> list[Any]:
