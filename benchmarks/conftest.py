@@ -108,7 +108,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def bench(request: pytest.FixtureRequest, cell: Cell, benchmark: Any) -> Iterator[Bench]:  # noqa: ANN401
     """What a measurement is taken with; afterwards nothing of the arm is left."""
     recorder = _recorder(request.node)
-    recorder.clean()
     yield Bench(cell, recorder, benchmark)
     recorder.clean()
 

@@ -9,6 +9,7 @@ yields measurements (:class:`~benchmarks.options.Cell`); and for every kind of t
 
 import gc
 import json
+import platform
 import sys
 import time
 import traceback
@@ -58,7 +59,8 @@ def run(file: str, options: Options) -> int:
     ]
     status = pytest.main([str(HERE / file), *arguments], plugins=[_HandOver(options)])
     if status == pytest.ExitCode.NO_TESTS_COLLECTED:
-        raise ValueError(f"expected arms of {file}, got none for {options}")
+        told = {name: getattr(options, name) for name in ("model", "images", "arm")}
+        raise ValueError(f"expected something to time in {file}, got nothing for {told}")
     return int(status)
 
 
@@ -77,7 +79,7 @@ class Recorder:
         self.results = Results.open(path)
         fresh = origin["dirty"] and options.results != path
         self.resumes = not (options.again or fresh)
-        self.results.begin(origin, **_about(config, self.results))
+        self.results.begin(origin, **_about(config, origin))
         self.marker = running_marker(path)
 
     def unwanted(self, cell: Cell) -> str | None:
@@ -231,19 +233,21 @@ def quantile(values: list[float], fraction: float) -> float:
     return torch.tensor(values, dtype=torch.float64).quantile(fraction).item()
 
 
-def _about(config: pytest.Config, results: Results) -> dict[str, Any]:
+def _about(config: pytest.Config, origin: dict[str, Any]) -> dict[str, Any]:
     """The part of the document that is pytest-benchmark's own."""
-    about = dict(results.document)
-    if not about["machine_info"]:
-        # The node's name and the processor's flags say nothing of a measurement.
-        found = config.hook.pytest_benchmark_generate_machine_info(config=config)
-        cpu = {k: v for k, v in found.get("cpu", {}).items() if k != "flags"}
-        about["machine_info"] = {**found, "node": "", "cpu": cpu}
-        about["commit_info"] = config.hook.pytest_benchmark_generate_commit_info(config=config)
     import pytest_benchmark
 
-    names = ("machine_info", "commit_info")
-    return {**{name: about[name] for name in names}, "version": pytest_benchmark.__version__}
+    # Its own description of the machine has the node's name and takes a process and a second.
+    machine = {
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "release": platform.release(),
+        "python_version": platform.python_version(),
+        "cpu": {"brand_raw": origin["cpu"], "count": origin["cpu_cores"]},
+    }
+    commit = config.hook.pytest_benchmark_generate_commit_info(config=config)
+    version = pytest_benchmark.__version__
+    return {"machine_info": machine, "commit_info": commit, "version": version}
 
 
 def _as_refusal(error: Exception) -> NotTimed:

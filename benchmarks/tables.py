@@ -98,7 +98,7 @@ COLUMNS: dict[str, list[tuple[str, Cell]]] = {
         *PEAK,
         ("of matrix rate", info("matrix_share", "{:.0%}")),
         ("of roof", info("roof_share", "{:.0%}")),
-        ("floor ms", info("floor_ms", "{:.2f}")),
+        ("floor ms", info("floor_ms", "{:.3g}")),
         *RATIOS,
     ],
     "cold": [

@@ -1,0 +1,413 @@
+"""The benchmarks' engine: rows after each arm, resuming, refusals, tables, plots, the script for a GPU."""
+
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("pytest_benchmark")
+
+from benchmarks import bench_masks, clock, gpu, plots, report
+from benchmarks.__main__ import main
+from benchmarks.bench_ops import largest_error
+from benchmarks.bench_predictor import worst_error
+from benchmarks.engine import run, running_marker
+from benchmarks.measured import newest
+from benchmarks.options import Cell, Options, chosen
+from benchmarks.refusals import Disagreement
+from benchmarks.results import Results, all_results, results_path
+from benchmarks.tables import listed, projection
+
+FAKE = """
+import time, weakref
+from pathlib import Path
+import torch
+from benchmarks.options import Cell, Options
+from benchmarks.refusals import Disagreement, NotHere
+
+OPTIONS = Options
+HELD = []
+CALLS = Path(__file__).with_suffix(".calls")
+
+def plan(options):
+    for arm in ("quick", "slow", "absent", "big", "wrong", "broken", "late"):
+        yield Cell("fake", arm, {"model": "toy", "images": 4})
+
+def note(text):
+    CALLS.write_text((CALLS.read_text() if CALLS.exists() else "") + text + " ")
+
+def test_fake(cell, bench):
+    bench.shared(lambda: note("made"))
+    note(cell.arm)
+    if cell.arm == "absent":
+        raise NotHere("no such library")
+    if cell.arm == "big":
+        held = torch.nn.Linear(2, 2)
+        HELD.append(weakref.ref(held))
+        raise torch.OutOfMemoryError("1 TB")
+    if cell.arm == "wrong":
+        raise Disagreement("error 3")
+    if cell.arm == "broken":
+        {}["key"]
+    if cell.arm == "late":
+        bench.info["still_held"] = any(ref() is not None for ref in HELD)
+    seconds = 0.004 if cell.arm == "slow" else 0.001
+    numbers = []
+    bench.steps(lambda n: (numbers.append(n), time.sleep(seconds)), first=1, rounds=2, each=3, warmup=1)
+    bench.info["numbers"] = numbers
+"""
+
+
+@pytest.fixture
+def fake(tmp_path):
+    """A file of benchmarks beside a conftest that is the engine's; its results go to tmp_path."""
+    (tmp_path / "conftest.py").write_text("from benchmarks.conftest import *\n")
+    (tmp_path / "bench_fake.py").write_text(FAKE)
+    path = tmp_path / "results" / "cpu" / "2026-01-01-abcdef0.json"
+
+    def measure(**options):
+        status = run(
+            str(tmp_path / "bench_fake.py"), Options(results=path, device="cpu", **options)
+        )
+        return status, Results.open(path)
+
+    measure.calls = lambda: (tmp_path / "bench_fake.calls").read_text().split()
+    measure.path = path
+    return measure
+
+
+def test_every_arm_is_a_row(fake):
+    """Timed or not; a refusal or an error fails the command, a missing library does not."""
+    status, results = fake()
+    infos = {r["extra_info"]["arm"]: r["extra_info"] for r in results.rows(kind="fake")}
+    assert status == 1 and list(infos) == ["quick", "slow", "late"]
+    outcomes = {r["extra_info"]["arm"]: r["extra_info"] for r in results.not_timed(model="toy")}
+    told = {arm: (info["outcome"], info["reason"]) for arm, info in outcomes.items()}
+    assert told == {
+        "absent": ("not here", "no such library"),
+        "big": ("out of memory", "OutOfMemoryError: 1 TB"),
+        "wrong": ("disagrees", "error 3"),
+        "broken": ("failed", "KeyError: 'key'"),
+    }
+    assert not infos["late"]["still_held"], "an arm without memory leaves what it held"
+    assert (
+        infos["slow"]["ms_p50"] > 3.9 and 0.9 < infos["quick"]["ms_p10"] < infos["slow"]["ms_p10"]
+    )
+    assert len(infos["quick"]["step_ms"]) == 6
+    assert infos["quick"]["numbers"][:9] == list(range(1, 10))  # three of warm-up
+    assert infos["quick"]["images_per_s"] == pytest.approx(
+        4 * 6 / sum(infos["quick"]["step_ms"]) * 1e3
+    )
+    assert fake.calls().count("made") == 1
+    assert not running_marker(fake.path).exists()
+    origin = results.document["provenance"][0]
+    assert {"commit", "dirty", "torch", "seed", "threads", "cpu", "load"} <= set(origin)
+    assert results.document["machine_info"]["cpu"]["count"] == origin["cpu_cores"]
+
+
+def test_sweeps_and_resuming(fake):
+    """Arms take turns; a second call takes what is missing only, unless told to take all again."""
+    assert fake(arm=("quick",), sweeps=2)[0] == 0
+    fake(arm=("quick", "sl*"), sweeps=2)
+    assert fake.calls() == ["made", "quick", "quick", "made", "slow", "slow"]
+    status, results = fake(arm=("quick", "absent"), sweeps=2, again=True)
+    assert status == 0 and fake.calls()[6:] == ["made", "quick", "absent", "quick", "absent"]
+    assert len(results.rows()) == 4 and len(results.not_timed()) == 2
+    assert {r["extra_info"]["run"] for r in results.rows(arm="quick")} == {2}
+    assert fake(arm=("quick", "late"), seconds=-1.0)[0] == 0
+    assert "late" not in fake.calls()
+    with pytest.raises(ValueError, match="nothing for"):
+        fake(arm=("none",))
+    cells = [Cell("k", arm, {"m": m}) for m in "xy" for arm in "ab"]
+    order = [c.key for c in chosen(cells, Options(sweeps=2))]
+    assert order[:4] == ["k x | a | 0", "k x | b | 0", "k x | a | 1", "k x | b | 1"]
+
+
+def test_pytest_benchmark_reads_the_file(fake):
+    """Its own command compares the rows of a results file."""
+    fake(arm=("quick", "slow"))
+    command = [sys.executable, "-m", "pytest_benchmark", "--storage", str(fake.path.parents[1])]
+    ran = subprocess.run(
+        [*command, "compare", str(fake.path), "--columns=median"], capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "fake toy 4 | quick | 0" in ran.stdout and "slow" in ran.stdout
+
+
+def write(path, rows, commit="abcdef0", **more):
+    """A results file with rows of (cell, milliseconds or outcome); entries of all rows by name."""
+    results = Results.open(path)
+    results.begin({"commit": commit, "dirty": False})
+    for cell, found in rows:
+        info = {**cell.problem, "kind": cell.kind, "arm": cell.arm, "key": cell.key, **more}
+        if isinstance(found, str):
+            results.refuse(info, found, "because")
+        else:
+            results.add({"extra_info": info, "stats": {"data": [ms / 1e3 for ms in found]}})
+    return results
+
+
+STEP = {"model": "toy", "images": 4, "precision": "bf16"}
+
+
+def step(arm, sweep=0, kind="step", **problem):
+    return Cell(kind, arm, {**STEP, **problem}, sweep)
+
+
+def test_newest_rows_win_and_sweeps_are_one(tmp_path):
+    """By the time at which they were taken; a sweep without memory does not hide one that ran."""
+    old, new = (
+        tmp_path / "gpu" / "2026-02-02-aaaaaaa.json",
+        tmp_path / "gpu" / "2026-01-01-bbb.json",
+    )
+    write(old, [(step("a"), [1.0]), (step("b"), [2.0, 4.0])], "aaaaaaaa")
+    again = [(step("a", 0), [5.0]), (step("a", 1), [7.0]), (step("a", 2), "out of memory")]
+    newer = write(new, again, "bbbbbbb1")
+    for found in newer.document["benchmarks"]:
+        found["extra_info"]["taken"] = "2999-01-01T00:00:00"
+    newer.write()
+    (tmp_path / "gpu" / "evaluation.json").write_text('{"figures": {}}')
+    first, second = newest("step", tmp_path)
+    assert (first.arm, first.samples, first.ms, first.commit) == ("a", (5.0, 7.0), 6.0, "bbbbbbb")
+    assert (second.arm, second.ms, second.outcome) == ("b", 3.0, None)
+
+
+def test_file_names(tmp_path):
+    """One file for each device and clean commit, whatever the day; broken ones are refused."""
+    origin = {"commit": "0123456789", "dirty": False, "date": "2026-03-03T00:00:00"}
+    path = results_path(tmp_path, "cpu", origin)
+    assert path == tmp_path / "cpu" / "2026-03-03-0123456.json"
+    path.parent.mkdir()
+    (path.parent / "2026-03-01-0123456.json").write_text("{}")
+    assert results_path(tmp_path, "cpu", origin).name == "2026-03-01-0123456.json"
+    altered = results_path(tmp_path, "cpu", {**origin, "dirty": True})
+    assert altered.name == "2026-03-03-0123456-dirty.json"
+    with pytest.raises(ValueError, match="expected results"):
+        Results.open(path.parent / "2026-03-01-0123456.json")
+
+
+def test_table_of_steps(tmp_path):
+    """Losing arms and those without memory are rows; ratios are to the published and the strongest."""
+    found = [("published", [30.0]), ("compile", [10.0]), ("lean", [12.0]), ("stopfast", [15.0])]
+    rows = [(step(arm), ms) for arm, ms in [*found, ("apex", "out of memory"), ("x", "not here")]]
+    write(tmp_path / "gpu" / "2026-01-01-abcdef0.json", rows, peak_bytes=2**30)
+    made = listed("step", tmp_path)
+    cells = [dict(zip(made.headings, line, strict=True)) for line in made.rows]
+    assert [c["arm"] for c in cells] == ["published", "compile", "lean", "stopfast", "apex"]
+    assert [c["x published"] for c in cells] == ["1.00", "3.00", "2.50", "2.00", ""]
+    assert [c["x strongest other"] for c in cells] == ["0.33", "1.00", "0.83", "0.67", ""]
+    assert cells[3]["ms (10th to 90th percentile)"] == "15.0 (15.0 to 15.0)"
+    assert cells[4]["ms (10th to 90th percentile)"] == "out of memory"
+    assert (cells[0]["peak GiB"], cells[0]["of roof"]) == ("1.00", "")
+    assert made.notes[1:] == ["apex, step toy 4 bf16: because.", "Not there: x (because)."]
+
+
+def test_beside_the_roof(tmp_path):
+    """With measured ceilings: shares of them, and an A100's time, which is marked as projected."""
+    path = tmp_path / "nvidia-h100" / "2026-01-01-abcdef0.json"
+    write(path, [(step("stopfast"), [1.0])])
+    assert listed("step", tmp_path).rows[0][-5:-2] == ["", "", ""]
+    assert projection(tmp_path).rows == []
+    for ceiling, rate in (("matrix", 5e11), ("memory", 3.4e9)):
+        load = Cell("ceilings", ceiling, {"ceiling": ceiling, "precision": "bf16"})
+        write(path, [(load, [1.0])], per_second=rate)
+    table = listed("step", tmp_path)
+    floor = float(table.rows[0][table.headings.index("floor ms")])
+    assert floor > 0 and table.rows[0][table.headings.index("of roof")].endswith("%")
+    made = projection(tmp_path)
+    assert float(made.rows[0][-1]) == pytest.approx(0.002)  # both ceilings are 500 times as high
+    assert "projected" in made.headings[-1] and "not measured" in made.notes[0]
+
+
+def test_markdown_and_plots_follow_the_results(tmp_path, capsys):
+    """--check is 1 until --write has renewed tables and plots, and again after new results."""
+    pytest.importorskip("matplotlib")
+    folder, text = tmp_path / "results", tmp_path / "README.md"
+    path = folder / "gpu" / "2026-01-01-abcdef0.json"
+    text.write_text("before\n<!-- table: step -->\nold\n<!-- end -->\nafter\n")
+
+    def called(*flags):
+        return main(["report", *flags, "--results", str(folder), "--file", str(text)])
+
+    assert called("--check") == 1
+    called("--write")
+    assert called("--check") == 0 and "step: not measured." in text.read_text()
+    write(path, [(step("stopfast"), [1.0, 2.0]), (step("apex"), "out of memory")])
+    assert called("--check") == 1
+    called("--write")
+    assert called("--check") == 0
+    assert "| stopfast | 1.500 (1.100 to 1.900) |" in text.read_text()
+    assert text.read_text().startswith("before\n") and text.read_text().endswith("after\n")
+    (drawn,) = (folder / "plots").glob("*.svg")
+    first = drawn.read_bytes()
+    assert b"stopfast" in first and b"out of memory" in first and b"<dc:date>" not in first
+    drawn.unlink()
+    assert called("--check") == 1 and plots.write_plots(folder) == [drawn]
+    assert drawn.read_bytes() == first
+    write(path, [(step("stopfast"), [3.0])])
+    capsys.readouterr()
+    assert called("--check") == 1
+    assert capsys.readouterr().out.count("not up to date") == 2
+    path.unlink()
+    called("--write")
+    assert not drawn.exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["<!-- table: step -->\nno end", "<!-- table: nothing -->\n<!-- end -->"]
+)
+def test_markers_are_checked(text, tmp_path):
+    """A marker without an end, or of no table, is refused."""
+    with pytest.raises(ValueError, match="expected"):
+        report.renewed(text, tmp_path)
+
+
+CHILD = """
+import json, os, sys, time
+from pathlib import Path
+results, kill = Path(sys.argv[1]), sys.argv[2:]
+marker = results.with_suffix(".running")
+have = results.read_text() if results.exists() else ""
+for arm in ("dies", "hangs", "fine"):
+    if f"| {arm} |" in have:
+        continue
+    marker.write_text(json.dumps({"key": f"k | {arm} | 0", "kind": "k", "arm": arm}))
+    if arm == "dies":
+        os.kill(os.getpid(), 11)
+    if arm == "hangs":
+        time.sleep(60)
+    marker.unlink()
+sys.exit(1)
+"""
+
+
+def test_script_survives_its_arms(tmp_path, monkeypatch):
+    """One that kills its process and one that hangs are rows; the rest goes on, in time."""
+    path = tmp_path / "results.json"
+    command = [sys.executable, "-c", CHILD, str(path)]
+    monkeypatch.setattr(gpu, "_command", lambda *_: command)
+    options = gpu.GpuOptions(output=tmp_path, device="cpu", arm_seconds=1.0)
+    task = gpu.Task("k", (), least=0.0)
+    Results.open(path).begin({"commit": "unknown", "dirty": None})
+    ending = gpu.attempt(task, options, path, time.monotonic() + 30)
+    told = {
+        r["extra_info"]["arm"]: r["extra_info"]["reason"] for r in Results.open(path).not_timed()
+    }
+    assert told == {"dies": "its process ended with SIGSEGV", "hangs": "took over 1 s"}
+    assert ending == "done, but not every arm"
+    path.unlink()
+    began = time.monotonic()
+    slow = replace(options, arm_seconds=100.0)
+    assert gpu.attempt(task, slow, path, began + 2) == "no time left"
+    assert time.monotonic() - began < 10 and not running_marker(path).exists()
+    assert not [r for r in Results.open(path).not_timed() if r["extra_info"]["arm"] == "hangs"]
+
+
+def test_script_orders_and_resumes(tmp_path):
+    """Ceilings, then ViT-B/16 at 64; results of the same commit are taken over, others not."""
+    names = [task.name for task in gpu.tasks(gpu.GpuOptions(output=tmp_path, device="cpu"))]
+    assert names[:3] == ["ceilings", "step-vit-b16-4", "parts-vit-b16-4"]
+    wanted = tmp_path / "new" / "gpu" / "2026-05-05-abcdef0.json"
+    for commit in ("abcdef0", "1234567"):
+        write(tmp_path / "old" / "gpu" / f"2026-05-04-{commit}.json", [(step(commit), [1.0])])
+    gpu.taken_over(tmp_path / "old", wanted)
+    (only,) = all_results(tmp_path / "new")
+    assert [r["extra_info"]["arm"] for r in only.rows()] == ["abcdef0"]
+    with pytest.raises(ValueError, match="expected seconds"):
+        gpu.GpuOptions(output=tmp_path, device="cpu", seconds=1)
+
+
+def test_clocks(monkeypatch):
+    """Marks between steps; sums of events are doubles, though each distance is a float."""
+    times = iter([10.0, 11.0, 13.0, 20.0, 21.5])
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: next(times))
+    marks = clock.StepClock(torch.device("cpu"))
+    for step_count in (2, 1):
+        marks.start()
+        for _ in range(step_count):
+            marks.mark()
+    assert marks.milliseconds() == [1e3, 2e3, 1.5e3]
+
+    class Event:
+        now = 0.0
+
+        def __init__(self, enable_timing):
+            self.at = None
+
+        def record(self, stream):
+            self.at = Event.now
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, other):
+            return torch.tensor(1e3 * (other.at - self.at), dtype=torch.float32).item()
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    read = clock.round_clock(torch.device("cuda"))
+    read()
+    Event.now = 100_000.0
+    before = read()
+    Event.now += 1e-5
+    assert read() - before == pytest.approx(1e-5, rel=1e-3)
+
+
+def test_wrong_arms_are_refused():
+    """Each kind's comparison sees a wrong result, and NaN."""
+    contexts, targets = bench_masks.sampler("numpy loop", 4, torch.device("cpu"))(0)
+    bench_masks.check((contexts, targets), 4, 0)
+    for wrong in (
+        (contexts, targets[:3]),
+        ([contexts[0].flip(1)], targets),
+        ([targets[0]], targets),
+        ([contexts[0][:, :8]], targets),
+        (contexts, [targets[0] + 1, *targets[1:]]),
+        ([contexts[0].int()], targets),
+    ):
+        with pytest.raises(Disagreement):
+            bench_masks.check(wrong, 4, 0)
+    one, nan = torch.ones(3), torch.full((3,), torch.nan)
+    assert largest_error([one], [one]) == 0 and largest_error([nan], [one]) == float("inf")
+    assert largest_error([1.1 * one], [one]) == pytest.approx(0.1, rel=1e-5)
+    assert worst_error({"y": one}, {"y": one}, 1e-4) == 0
+    for got in (1.1 * one, nan, None):
+        with pytest.raises(Disagreement, match="'y'"):
+            worst_error({"y": got}, {"y": one}, 1e-4)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["predictor", "--model", "toy", "--images", "2", "--context-tokens", "12", "--rounds", "1"],
+        ["masks", "--images", "4", "--sweeps", "1", "--rounds", "1", "--warmup", "0"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_kinds_run(arguments, tmp_path):
+    """Every arm that a CPU has agrees and is timed; the rest say why not."""
+    options = ["--device", "cpu", "--results", str(tmp_path / "r.json"), "--threads", "1"]
+    if arguments[0] == "predictor":
+        options += ["--target-tokens", "6"]
+    assert main([*arguments, *options]) == 0
+    results = Results.open(tmp_path / "r.json")
+    assert {r["extra_info"]["outcome"] for r in results.not_timed()} == {"not here"}
+    assert len(results.rows()) == {"predictor": 10, "masks": 6}[arguments[0]]
+
+
+def test_command_line(capsys):
+    """Unknown kinds and values are refused with status 2; without a kind there is help."""
+    assert main([]) == 0 and "predictor" in capsys.readouterr().out
+    assert main(["nonsense"]) == 2 and "expected one of" in capsys.readouterr().err
+    for wrong in (
+        "predictor --model none",
+        "ops --model none",
+        "masks --rounds 0",
+        "report --table x",
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(wrong.split())
+        assert "expected" in capsys.readouterr().err
