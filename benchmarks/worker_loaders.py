@@ -52,22 +52,16 @@ def worker_batches(feed: Feed, kind: Kind) -> Batches:
 
 
 def _fed(feed: Feed, loader: Any, normalises: bool) -> Batches:  # noqa: ANN401
-    batches = iter(loader)
-    try:
-        for (pixels, samples), (context, target) in batches:
-            images = moved(pixels, feed.device)
-            if not normalises:
-                images = _normalised(images, feed.transforms)
-            yield Fed(
-                images,
-                samples,
-                [moved(mask, feed.device) for mask in context],
-                [moved(mask, feed.device) for mask in target],
-            )
-    finally:
-        # Or the workers would live on until Python collects the loader, and take the next arm's time.
-        if (stop := getattr(batches, "_shutdown_workers", None)) is not None:
-            stop()
+    for (pixels, samples), (context, target) in loader:
+        images = moved(pixels, feed.device)
+        if not normalises:
+            images = _normalised(images, feed.transforms)
+        yield Fed(
+            images,
+            samples,
+            [moved(mask, feed.device) for mask in context],
+            [moved(mask, feed.device) for mask in target],
+        )
 
 
 class _Order:
