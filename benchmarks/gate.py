@@ -30,6 +30,7 @@ _SIGNIFICANT = 1e-2  # of its tensor's root mean square, for an element's gradie
 _FP32 = {"loss": 1e-5, "moment": 1e-5, "travel": 1e-4}
 _BF16_FLOOR = {"loss": 1e-4, "moment": 1e-3, "travel": 5e-3}
 _BF16_FACTOR = 2.0
+_TOLD = 6
 
 
 @dataclass(frozen=True)
@@ -99,13 +100,11 @@ def check(arm: StepArm, expected: Reference, steps: int = STEPS) -> Errors:
     """
     workload = expected.workload
     found = errors(record(arm, workload, steps), expected.exact, workload)
-    wrong = [
-        f"{name}: {value:.1e} of at most {limit:.1e}"
-        for name, value, limit in _limited(found, expected.own)
-        if not value <= limit
-    ]
+    beyond = [(value / limit, text) for text, value, limit in _limited(found, expected.own)]
+    wrong = sorted((times, text) for times, text in beyond if not times <= 1.0)[::-1]
     if wrong:
-        raise Disagreement(f"{len(wrong)} beyond their bounds: " + "; ".join(sorted(wrong)[:6]))
+        worst = "; ".join(f"{text} by {times:.1f} times" for times, text in wrong[:_TOLD])
+        raise Disagreement(f"{len(wrong)} beyond their bounds: {worst}")
     return found
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 
 from benchmarks.arms.assembled import Bucketed, Compiled
-from benchmarks.arms.captured import Captured
+from benchmarks.arms.captured import captured_arm
 from benchmarks.arms.libraries import Apex, xformers_arm
 from benchmarks.arms.ours import WITH, WITHOUT, stopfast
 from benchmarks.arms.program import Program
@@ -19,7 +19,7 @@ PUBLISHED, OURS = "published", "stopfast"
 ARMS: dict[str, Callable[[Workload], StepArm]] = {
     PUBLISHED: Published,
     OURS: stopfast,
-    "compile + SDPA, whole step captured": Captured,
+    "compile + SDPA, whole step captured": captured_arm,
     "compile + SDPA, buckets, reduce-overhead": Bucketed,
     "compile + SDPA": Compiled,
     "published without needless costs": Program,

@@ -16,6 +16,7 @@ from benchmarks.workload import Workload
 from stopfast.masking import Masks
 
 _MULTIPLE = 8
+_STATIC: dict[str, Any] = {"mode": "reduce-overhead", "dynamic": False}
 _SHAPES = 128  # of one function, before torch.compile gives up; the default of 8 would be too few
 
 
@@ -67,8 +68,8 @@ class Compiled(Program):
     def _loss(self, masks: Masks, noise: list[Tensor] | None) -> Tensor:
         encoder, predictor, target_encoder = self.networks
         with torch.no_grad():
-            features = target_encoder(self.workload.pixels)
-        context = encoder(self.workload.pixels, masks.context)
+            features = target_encoder(self._images)
+        context = encoder(self._images, masks.context)
         prediction = predictor(context, masks.context, masks.target, noise)
         return self._criterion(prediction, features, masks.target, len(masks.context))
 
@@ -146,10 +147,9 @@ class Bucketed(Compiled):
 
     def _compile(self) -> None:
         encoder, predictor, target = self.networks
-        settings: dict[str, Any] = {"mode": "reduce-overhead", "dynamic": False}
         for blocks in (encoder.blocks, predictor.predictor_blocks, target.blocks):
-            compile_blocks(list(blocks), lengths_change=False, **settings)
-        self._criterion = torch.compile(weighted_criterion, **settings)
+            compile_blocks(list(blocks), lengths_change=False, **_STATIC)
+        self._criterion = torch.compile(weighted_criterion, **_STATIC)
 
     def _masks(self, masks: Masks) -> Masks:
         real = masks.context[0].shape[1], masks.target[0].shape[1]
@@ -203,8 +203,8 @@ class Bucketed(Compiled):
         assert lengths is not None
         encoder, predictor, target_encoder = self.networks
         with torch.no_grad():
-            features = target_encoder(self.workload.pixels)
-        context = encoder(self.workload.pixels, masks.context, bias=lengths.context_bias)
+            features = target_encoder(self._images)
+        context = encoder(self._images, masks.context, bias=lengths.context_bias)
         if noise is not None:
             noise = self._padded_noise(masks, noise)
         prediction = predictor(

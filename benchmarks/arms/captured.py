@@ -1,6 +1,7 @@
 """The strongest assembled step: compiled blocks and buckets, and the whole of a step as one CUDA graph."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,12 +13,13 @@ from benchmarks.workload import Workload
 from stopfast.masking import Masks
 
 _WARM_UP = 3
+_STATIC: dict[str, Any] = {"dynamic": False}
 
 
 class _Graph(NamedTuple):
     """A captured step and the memory that it reads and writes."""
 
-    graph: torch.cuda.CUDAGraph
+    replay: Callable[[], None]
     masks: Masks
     noise: list[Tensor] | None
     loss: Tensor
@@ -31,22 +33,13 @@ class Captured(Bucketed):
     """
 
     def __init__(self, workload: Workload) -> None:
-        if workload.device.type != "cuda":
-            raise NotHere("CUDA graphs need a GPU")
         self._rate = torch.zeros((), device=workload.device)
         self._keep = torch.ones((), device=workload.device)
         super().__init__(workload)
-        self._pixels = torch.empty_like(workload.pixels)
+        self._images = torch.empty_like(workload.pixels)
         self._graphs: dict[tuple[int, int, bool], _Graph] = {}
-        self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream()
-        self._decayed: list[Tensor] = [
-            parameter
-            for group in self.optimizer.param_groups
-            for parameter in group["params"]
-            if group["decayed"]
-        ]
         self._begin_state()
+        self._begin_recording()
 
     def counts(self) -> dict[str, int]:
         """Graphs of torch.compile, and captured steps."""
@@ -62,10 +55,14 @@ class Captured(Bucketed):
         )
 
     def _begin_state(self) -> None:
-        """Make AdamW's state, which it would otherwise make inside the first graph."""
+        """Make the state of what has gradients, which AdamW would make inside the first graph."""
+        self._images.copy_(self.workload.pixels)
+        self._forward(self._masks(self.workload.masks_of(1)), None).backward()
+        self._decayed: list[Tensor] = []
         for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = torch.zeros_like(parameter)
+            trained = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if group["decayed"]:
+                self._decayed += trained
         self.optimizer.step()  # with a rate of 0
         self.optimizer.zero_grad(set_to_none=True)
         for state in self.optimizer.state.values():
@@ -75,8 +72,8 @@ class Captured(Bucketed):
     def _compile(self) -> None:
         encoder, predictor, target = self.networks
         for blocks in (encoder.blocks, predictor.predictor_blocks, target.blocks):
-            compile_blocks(list(blocks), lengths_change=False, dynamic=False)
-        self._criterion = torch.compile(weighted_criterion, dynamic=False)
+            compile_blocks(list(blocks), lengths_change=False, **_STATIC)
+        self._criterion = torch.compile(weighted_criterion, **_STATIC)
 
     def _set_scalars(self, scalars: Scalars) -> None:
         self._rate.fill_(scalars.lr)
@@ -88,29 +85,61 @@ class Captured(Bucketed):
         if key not in self._graphs:
             self._graphs[key] = self._capture(masks, noise)
         captured = self._graphs[key]
-        pairs = [(self._pixels, self.workload.pixels)]
+        pairs = [(self._images, self.workload.pixels)]
         pairs += zip(captured.masks.context, masks.context, strict=True)
         pairs += zip(captured.masks.target, masks.target, strict=True)
         pairs += zip(captured.noise or [], noise or [], strict=True)
         torch._foreach_copy_([into for into, _ in pairs], [new for _, new in pairs])  # type: ignore[attr-defined]
-        captured.graph.replay()
+        captured.replay()
         return captured.loss
 
     def _capture(self, masks: Masks, noise: list[Tensor] | None) -> _Graph:
         masks = Masks([m.clone() for m in masks.context], [m.clone() for m in masks.target])
         noise = None if noise is None else [draw.clone() for draw in noise]
-        self._pixels.copy_(self.workload.pixels)
+        self._images.copy_(self.workload.pixels)
+        lost = torch.empty((), device=self.device)
+
+        def gradients() -> Tensor:
+            loss = self._forward(masks, noise)
+            loss.backward()
+            return loss.detach()
+
+        def work() -> None:
+            lost.copy_(gradients())
+            with torch.no_grad():
+                torch._foreach_mul_(self._decayed, self._keep)  # type: ignore[attr-defined]
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+
+        def warm_up() -> None:
+            for _ in range(_WARM_UP):  # everything but the update: no step is taken
+                gradients()
+                self.optimizer.zero_grad(set_to_none=True)
+
+        return _Graph(self._record(warm_up, work), masks, noise, lost)
+
+    def _begin_recording(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()
+
+    def _record(self, warm_up: Callable[[], None], work: Callable[[], None]) -> Callable[[], None]:
+        """Return what does the work by replaying it; recording does none."""
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            for _ in range(_WARM_UP):  # everything but the update: no step is taken
-                self._forward(masks, noise).backward()
-                self.optimizer.zero_grad(set_to_none=True)
+            warm_up()
         torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-            loss = self._forward(masks, noise)
-            loss.backward()
-            torch._foreach_mul_(self._decayed, self._keep)  # type: ignore[attr-defined]
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-        return _Graph(graph, masks, noise, loss.detach())
+            work()
+        return graph.replay
+
+
+def captured_arm(workload: Workload) -> Captured:
+    """Build the arm.
+
+    Raises:
+        NotHere: no GPU.
+    """
+    if workload.device.type != "cuda":
+        raise NotHere("CUDA graphs need a GPU")
+    return Captured(workload)

@@ -128,6 +128,7 @@ class Program:
     def __init__(self, workload: Workload, networks: Networks | None = None) -> None:
         self.workload = workload
         self.device = workload.device
+        self._images = workload.pixels
         self.networks = networks or build_networks(
             workload, sdpa=True, checkpointing="none", repeat_tables=False
         )
@@ -201,9 +202,9 @@ class Program:
     def _loss(self, masks: Masks, noise: list[Tensor] | None) -> Tensor:
         encoder, predictor, target_encoder = self.networks
         with torch.no_grad():
-            features = target_encoder(self.workload.pixels)
+            features = target_encoder(self._images)
             wanted = published_targets(features, masks.target, len(masks.context))
-        context = encoder(self.workload.pixels, masks.context)
+        context = encoder(self._images, masks.context)
         return smooth_l1(predictor(context, masks.context, masks.target, noise), wanted)
 
     def _update(self, loss: Tensor) -> None:
