@@ -11,7 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import bench_loader, loaders
+pytest.importorskip("pytest_benchmark")
+
+from benchmarks import bench_loader, bench_train, engine, loaders
 from benchmarks.demand import demands
 from benchmarks.feeds import Fed, Feed
 from benchmarks.loader_gate import check_form, check_loader, check_spread
@@ -189,3 +191,36 @@ def test_demand_is_never_invented(tmp_path):
     other.begin({})
     other.add({"extra_info": {"key": "x", "arm": "x", "images_per_s": 9e9, **info}})
     assert asked().images_per_s == 80.0
+
+
+def test_rows(feed, tmp_path):
+    """What a measurement leaves: of a loader alone, of a step alone, of both."""
+    path = tmp_path / "results.json"
+    common = {"data": feed.images.root, "device": "cpu", "images": (BATCH,), "results": path}
+    options = bench_loader.LoaderOptions(
+        **common, arm=("pil",), workers=(1,), augment=("all",), rounds=3, warmup=1
+    )
+    assert engine.run("bench_loader.py", options) == 0
+    (row,) = Results.open(path).rows(kind="loader")
+    info = row["extra_info"]
+    assert (info["arm"], info["transforms"], info["workers"]) == ("pil", "all", 1)
+    assert set(info["agreement"]) == {"crop", "flip, gray", "blur"}
+    assert set(info["demand"]) == {"vit-b16", "vit-l16", "vit-h14"}
+    seconds = sum(row["stats"]["data"])
+    assert len(row["stats"]["data"]) == 3 and info["images_per_s"] <= 3 * BATCH / seconds
+    assert info["images_per_s"] == pytest.approx(info["images_per_core_s"] * info["busy_cores"])
+    arms = ("step alone", "pil alone", "pil")
+    options = bench_train.TrainOptions(
+        **common, arm=arms, model=("toy",), workers=1, rounds=1, warmup=1, each=2
+    )
+    assert engine.run("bench_train.py", options) == 0
+    infos = {r["extra_info"]["arm"]: r["extra_info"] for r in Results.open(path).rows(kind="train")}
+    assert tuple(infos) == arms
+    for arm, info in infos.items():
+        assert info["images_per_s"] > 0 and len(info["step_ms"]) == 2
+        assert ("waiting_share" in info) == (arm != "pil alone")
+        if arm != "pil alone":
+            # pytest-benchmark calls once more, for a result.
+            assert info["counts"]["eager"] == 5 and info["counts_while_timed"]["eager"] == 3
+    assert 0 <= infos["step alone"]["waiting_share"] < 0.2
+    assert infos["step alone"]["waiting_share"] < infos["pil"]["waiting_share"] < 1
