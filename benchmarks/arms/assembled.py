@@ -29,15 +29,11 @@ class Compiled(Program):
 
     def __init__(self, workload: Workload, attend: Attend | None = None) -> None:
         super().__init__(workload)
-        self._kernel: Any = nullcontext()
-        self._chosen = "given"
+        self._choice = None
         if attend is None:
-            choice = fastest_attention(workload, self._padded())
-            self._chosen = choice.name if choice else "default"
-            if choice:
-                attend, self._kernel = choice.attend, sdpa_kernel(choice.backend)
-        if attend is not None:
-            use_attention(self.networks, attend)
+            self._choice = fastest_attention(workload, self._padded())
+            attend = self._choice.attend
+        use_attention(self.networks, attend)
         torch._dynamo.config.recompile_limit = _SHAPES
         torch._dynamo.config.accumulated_recompile_limit = 8 * _SHAPES
         self._before = _compilations()
@@ -45,7 +41,7 @@ class Compiled(Program):
 
     def step(self, number: int, noise: list[Tensor] | None = None) -> Tensor:
         """Take one optimiser step."""
-        with self._kernel:
+        with sdpa_kernel(self._choice.backend) if self._choice else nullcontext():
             return super().step(number, noise)
 
     def counts(self) -> dict[str, int]:
@@ -54,7 +50,7 @@ class Compiled(Program):
 
     def choices(self) -> dict[str, str]:
         """The attention."""
-        return {"attention": self._chosen}
+        return {"attention": self._choice.name if self._choice else "given"}
 
     def _padded(self) -> tuple[int, int] | None:
         return None

@@ -1,6 +1,7 @@
 """Which of torch's attention kernels is fastest at a workload's shapes: an opponent gets its best."""
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -32,31 +33,45 @@ def contiguous_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -
     return library_attention(q, k, v, bias)
 
 
-def fastest_attention(workload: Workload, padded: tuple[int, int] | None = None) -> Choice | None:
-    """Time forward and backward of a step's attention by each kernel; None where there is no choice.
+def candidates(device: torch.device, padded: bool) -> list[Choice]:
+    """Torch's kernels on a device; with padded keys they are given a bias."""
+    flash = Choice("flash", SDPBackend.FLASH_ATTENTION, library_attention)
+    if device.type != "cuda":
+        return [flash, Choice("math", SDPBackend.MATH, library_attention)]
+    cudnn = library_attention if padded else contiguous_attention
+    return [
+        Choice("cuDNN", SDPBackend.CUDNN_ATTENTION, cudnn),
+        flash,
+        Choice("memory-efficient", SDPBackend.EFFICIENT_ATTENTION, library_attention),
+    ]
+
+
+def fastest_attention(workload: Workload, padded: tuple[int, int] | None = None) -> Choice:
+    """Time forward and backward of a step's attention by each kernel and return the fastest.
 
     Args:
         workload: whose shapes; those of its first step.
         padded: lengths of context and target that keys are padded to, and kept out by a bias.
+
+    Raises:
+        RuntimeError: no kernel takes these shapes in this precision.
     """
-    if workload.device.type != "cuda":
-        return None
     # Read by torch when it first calls cuDNN's attention, so before any of them is timed.
     os.environ.setdefault("TORCH_CUDNN_SDPA_AVOID_RECOMPILE", "1")
-    cudnn = contiguous_attention if padded is None else library_attention
-    candidates = [
-        Choice("cuDNN", SDPBackend.CUDNN_ATTENTION, cudnn),
-        Choice("flash", SDPBackend.FLASH_ATTENTION, library_attention),
-        Choice("memory-efficient", SDPBackend.EFFICIENT_ATTENTION, library_attention),
-    ]
-    timed = {}
-    for choice in candidates:
+    timed: dict[Choice, float] = {}
+    refused: list[str] = []
+    for choice in candidates(workload.device, padded is not None):
         try:
-            with sdpa_kernel(choice.backend):
+            with warnings.catch_warnings(), sdpa_kernel(choice.backend):
+                warnings.simplefilter("ignore")  # torch says at length why a kernel does not apply
                 timed[choice] = _seconds(workload, choice.attend, padded)
-        except RuntimeError:
-            continue  # no such kernel for these shapes or this precision
-    return min(timed, key=lambda choice: timed[choice]) if timed else None
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            refused.append(f"{choice.name}: {error}")
+    if not timed:
+        raise RuntimeError(f"expected a kernel for attention, got none: {refused}")
+    return min(timed, key=lambda choice: timed[choice])
 
 
 def _seconds(workload: Workload, attend: Attend, padded: tuple[int, int] | None) -> float:
