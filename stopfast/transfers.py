@@ -38,7 +38,7 @@ def read(numbers: Tensor) -> list[int]:
 
 
 class SideStream:
-    """A CUDA stream of its own, made when first used, on which work runs beside the current stream's.
+    """A CUDA stream of its own, made when a device is first used, for work beside the current stream's.
 
     Args:
         priority: -1 for work that goes before other streams' on a busy GPU.
@@ -46,7 +46,7 @@ class SideStream:
 
     def __init__(self, priority: int = 0) -> None:
         self._priority = priority
-        self._stream: torch.cuda.Stream | None = None
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     @contextmanager
     def beside(self, device: torch.device, *, after: bool) -> Iterator[None]:
@@ -61,23 +61,23 @@ class SideStream:
         """
         if device.type != "cuda":
             raise ValueError(f"expected a CUDA device for a stream of its own, got {device}")
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(device, priority=self._priority)
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device, priority=self._priority)
+        stream = self._streams[device]
         if after:
-            self._stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(self._stream):
+            stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
             yield
 
     def join(self, device: torch.device, *results: Tensor) -> None:
         """Let the current stream go on after the work of this one.
 
         Args:
-            device: the stream's.
+            device: that of the work.
             results: tensors made inside without ``after``: their memory is kept until the current
                 stream has used them.
         """
-        assert self._stream is not None
         current = torch.cuda.current_stream(device)
-        current.wait_stream(self._stream)
+        current.wait_stream(self._streams[device])
         for tensor in results:
             tensor.record_stream(current)

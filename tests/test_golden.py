@@ -172,7 +172,7 @@ def test_masks():
         drawn = sampler.sizes(iteration)
         assert [*drawn.target, *drawn.context] == sizes
         masks = sampler(case["batch"], iteration)
-        for kind, lists in masks._asdict().items():
+        for kind, lists in (("context", masks.context), ("target", masks.target)):
             for mask in lists:
                 counts[kind] += torch.bincount(mask.flatten(), minlength=196)
         lengths.append([masks.context[0].shape[1], masks.target[0].shape[1]])
