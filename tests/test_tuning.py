@@ -130,6 +130,7 @@ def contest(candidates, **changes):
 
 def test_only_what_is_right_is_timed(tmp_path):
     """What is not becomes a row with its reason; a contest that was held is not held again."""
+    pytest.importorskip("pytest_benchmark")
     results = Results.open(tmp_path / "r.json")
     results.begin({})
     arena = Arena(CPU, results, 60.0)
@@ -353,6 +354,7 @@ def test_a_search_without_a_gpu(tmp_path, device, monkeypatch):
     """It decides by what it timed, writes a table of its own, and goes on where it stopped."""
     if device.type == "cuda":
         pytest.skip("a rehearsal is for machines without a GPU")
+    pytest.importorskip("pytest_benchmark")
     before = _measured.PATH.read_text()
     options = TuneOptions(
         device="cpu",
