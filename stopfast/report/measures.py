@@ -29,7 +29,8 @@ def coverage(masks: MultiBlockMasks, batch_size: int, batches: int) -> Coverage:
     count = math.prod(masks.grid)
     totals = [torch.zeros(count, dtype=torch.float64) for _ in range(2)]
     for iteration in range(batches):
-        for total, blocks in zip(totals, masks(batch_size, iteration), strict=True):
+        drawn = masks(batch_size, iteration)
+        for total, blocks in zip(totals, (drawn.context, drawn.target), strict=True):
             seen = torch.zeros(batch_size, count)
             for index in blocks:
                 seen.scatter_(1, index, 1.0)
