@@ -83,7 +83,7 @@ class OwnTargets(Program):
         (OtherNoise, "moment of predictor.predictor_embed"),
         (Scaled, "moment of predictor"),
         (OtherRate, "weights of the predictor"),
-        (OwnTargets, "moment of predictor"),
+        (OwnTargets, "moment"),
     ],
 )
 def test_a_wrong_arm_is_refused(wrong, named, expected):
