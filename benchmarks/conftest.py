@@ -125,7 +125,8 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
         result = yield
     except Exception as error:
         refusal = recorder.refuse(cell, error, benchmark.extra_info)
-        story = "" if error is refusal else forget(error)
+        told = forget(error)
+        story = "" if error is refusal else told
     finally:
         recorder.end()
     if refusal is None:

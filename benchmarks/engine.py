@@ -9,7 +9,7 @@ yields measurements (:class:`~benchmarks.options.Cell`); and for every kind of t
 
 import gc
 import json
-import platform
+import re
 import sys
 import time
 import traceback
@@ -22,13 +22,14 @@ import torch
 
 from benchmarks.clock import StepClock
 from benchmarks.options import Cell, Options
-from benchmarks.provenance import HERE, clocks, device_folder, provenance
+from benchmarks.provenance import HERE, clocks, device_folder, machine_info, provenance
 from benchmarks.refusals import NotTimed, OutOfMemory
 from benchmarks.results import FOLDER, Results, results_path
 
 T = TypeVar("T")
 HANDED_OVER = pytest.StashKey[Options]()
 """Where the command line's options lie for ``conftest.py``."""
+_NO_MEMORY = "out of memory|ALLOC_FAILED|can't allocate memory"  # of Triton, cuBLAS, a CPU
 DEVICE_LOST = 70
 """Exit status after an arm left the GPU in a state that no later arm can use."""
 
@@ -79,7 +80,7 @@ class Recorder:
         self.results = Results.open(path)
         fresh = origin["dirty"] and options.results != path
         self.resumes = not (options.again or fresh)
-        self.results.begin(origin, **_about(config, origin))
+        self.results.begin(origin, **_about(config))
         self.marker = running_marker(path)
 
     def unwanted(self, cell: Cell) -> str | None:
@@ -233,21 +234,13 @@ def quantile(values: list[float], fraction: float) -> float:
     return torch.tensor(values, dtype=torch.float64).quantile(fraction).item()
 
 
-def _about(config: pytest.Config, origin: dict[str, Any]) -> dict[str, Any]:
+def _about(config: pytest.Config) -> dict[str, Any]:
     """The part of the document that is pytest-benchmark's own."""
     import pytest_benchmark
 
-    # Its own description of the machine has the node's name and takes a process and a second.
-    machine = {
-        "machine": platform.machine(),
-        "system": platform.system(),
-        "release": platform.release(),
-        "python_version": platform.python_version(),
-        "cpu": {"brand_raw": origin["cpu"], "count": origin["cpu_cores"]},
-    }
     commit = config.hook.pytest_benchmark_generate_commit_info(config=config)
     version = pytest_benchmark.__version__
-    return {"machine_info": machine, "commit_info": commit, "version": version}
+    return {"machine_info": machine_info(), "commit_info": commit, "version": version}
 
 
 def _as_refusal(error: Exception) -> NotTimed:
@@ -256,7 +249,8 @@ def _as_refusal(error: Exception) -> NotTimed:
         return error
     first = str(error).strip().partition("\n")[0]
     text = f"{type(error).__name__}: {first}"
-    return OutOfMemory(text) if isinstance(error, torch.OutOfMemoryError) else NotTimed(text)
+    short = isinstance(error, torch.OutOfMemoryError) or re.search(_NO_MEMORY, str(error))
+    return OutOfMemory(text) if short else NotTimed(text)
 
 
 def forget(error: BaseException) -> str:

@@ -29,6 +29,7 @@ from benchmarks.provenance import HERE
 from benchmarks.report import printed
 from benchmarks.results import Results
 from benchmarks.tables import TABLES
+from stopfast.kernels._measured import PATH
 
 _MARGIN = 10.0  # seconds kept for the summary
 _WHERE = """
@@ -101,6 +102,7 @@ def tasks(options: GpuOptions) -> Iterator[Task]:
     cold = ("--state", "cold", "--steps", "20" if small else "500")
     yield Task(f"cold-{first}", ("step", *problem, *cold), 60, patience=400)
     curves = ("--steps", "20" if small else "200")
+    curves += ("--root", str(options.data)) if options.data else ()
     yield Task("curves", ("curves", *problem, *curves), 60)
     interpreted = ("--no-compiled", "--rounds", "1") if small else ()
     yield Task("ops", ("ops", *interpreted), 30)
@@ -110,8 +112,19 @@ def tasks(options: GpuOptions) -> Iterator[Task]:
     yield Task("masks", ("masks", *(("--sweeps", "1") if small else ())), 20)
     if options.data is not None:
         yield Task("loader", ("loader", "--data", str(options.data)), 40)
+        yield Task("train", ("train", "--data", str(options.data), *problem), 60)
     if not small:
-        yield Task("tune", ("tune",), 60)
+        yield Task("tune", ("tune", "--table", str(_table(options))), 60)
+
+
+def _table(options: GpuOptions) -> Path:
+    """The kernels' table that is tuned: the shipped one, or an earlier call's, copied to the output."""
+    table = options.output.resolve() / PATH.name
+    if not table.exists():
+        earlier = sorted(options.resume.glob(f"**/{PATH.name}")) if options.resume else []
+        table.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy([PATH, *earlier][-1], table)
+    return table
 
 
 def _steps(model: str, images: int) -> Iterator[Task]:

@@ -52,6 +52,20 @@ def provenance(commit: str | None = None, seed: int = 0) -> dict[str, object]:
     }
 
 
+def machine_info() -> dict[str, object]:
+    """Return the machine as pytest-benchmark's files have it.
+
+    Its own description has the node's name, and takes a process and a second.
+    """
+    return {
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "release": platform.release(),
+        "python_version": platform.python_version(),
+        "cpu": {"brand_raw": _cpu_model(), "count": os.cpu_count()},
+    }
+
+
 def device_folder(device: torch.device) -> str:
     """Return the name of a device's folder of results: ``cpu``, or the GPU's name in small letters."""
     if device.type != "cuda":
