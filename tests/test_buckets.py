@@ -232,7 +232,7 @@ def log(monkeypatch) -> list[str]:
 
     _Stream.log = []
     monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: _Stream())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: _Stream("main"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: _Stream("main"))
     monkeypatch.setattr(torch.cuda, "stream", stream)
     monkeypatch.setattr(Tensor, "record_stream", lambda _, of: _Stream.log.append(f"for {of.name}"))
     return _Stream.log
