@@ -14,6 +14,7 @@ from PIL import Image, ImageFilter
 
 from stopfast.config import Transforms
 from stopfast.data import loader as loader_module
+from stopfast.data import pil
 from stopfast.data.ahead import read_ahead
 from stopfast.data.images import open_images
 from stopfast.data.loader import eval_batches, resolve_loader
@@ -196,6 +197,43 @@ def test_a_file_that_breaks_is_named(root, loader, damage, tmp_path):
     assert sum(name.rpartition("/")[2] in text for name in images.names) == 1
     assert damage == "gone" or "--data.broken skip" in text
     assert damage != "stream" or "truncated" in text
+    assert not _our_threads()
+
+
+def test_pil_does_not_wait_for_one_image(images, monkeypatch):
+    """While one takes long, images of later batches are decoded."""
+    plan = plan_for(images, AUGMENTED, 4)
+    expected = train(images, plan, "pil", steps=(1, 3))
+    decode, later, seen = pil.cut, threading.Event(), []
+
+    def slow(image, draws, *settings):
+        seen.append(draws)
+        if len(seen) == 1:
+            assert later.wait(20), "no later batch was begun"
+        elif draws is not seen[0]:
+            later.set()
+        return decode(image, draws, *settings)
+
+    monkeypatch.setattr(pil, "cut", slow)
+    batches = train(images, plan, "pil", steps=(1, 3), threads=3)
+    for batch, same in zip(batches, expected, strict=True):
+        assert torch.equal(batch.images, same.images)
+
+
+@pytest.mark.parametrize("damage", [b"no image", None], ids=["header", "stream"])
+def test_batches_before_a_broken_image_come(root, damage, tmp_path):
+    images = open_images(write_photographs(tmp_path))
+    plan = plan_for(images, Transforms(size=(16, 16)), 4, seed=1)
+    last = int(list(plan.batches(1, 3))[2][0])
+    file = tmp_path / images.names[last]
+    file.write_bytes(damage or file.read_bytes()[:-400])
+    data = loader_module.DataConfig(loader="pil", threads=3)
+    batches = loader_module.train_batches(
+        images, plan, first_step=1, last_step=3, device=CPU, data=data
+    )
+    assert len([next(batches), next(batches)]) == 2
+    with pytest.raises(ValueError, match=file.name):
+        next(batches)
     assert not _our_threads()
 
 
