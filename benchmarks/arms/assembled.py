@@ -34,8 +34,10 @@ class Compiled(Program):
             self._choice = fastest_attention(workload, self._padded())
             attend = self._choice.attend
         use_attention(self.networks, attend)
-        torch._dynamo.config.recompile_limit = _SHAPES
-        torch._dynamo.config.accumulated_recompile_limit = 8 * _SHAPES
+        self._limits = torch._dynamo.config.patch(
+            recompile_limit=_SHAPES, accumulated_recompile_limit=8 * _SHAPES
+        )
+        self._limits.__enter__()
         self._before = _compilations()
         self._compile()
 
@@ -47,6 +49,10 @@ class Compiled(Program):
     def counts(self) -> dict[str, int]:
         """Graphs that torch.compile has made since."""
         return {"compilations": _compilations() - self._before, "graphs": 0}
+
+    def close(self) -> None:
+        """Put torch.compile's limits back."""
+        self._limits.__exit__(None, None, None)
 
     def choices(self) -> dict[str, str]:
         """The attention."""
@@ -136,6 +142,7 @@ class Bucketed(Compiled):
         from torch._inductor.cudagraph_trees import reset_cudagraph_trees
 
         reset_cudagraph_trees()
+        super().close()
 
     def _padded(self) -> tuple[int, int]:
         masks = self.workload.masks_of(1)

@@ -48,6 +48,7 @@ class Captured(Bucketed):
     def close(self) -> None:
         """Let go of the graphs and their memory."""
         self._graphs.clear()
+        super().close()
 
     def _optimizer(self, groups: list[dict[str, object]]) -> torch.optim.Optimizer:
         return torch.optim.AdamW(
