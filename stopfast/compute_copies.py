@@ -38,7 +38,6 @@ class ComputeCopies:
         kept = optimizer.copies()
         if not kept:
             raise ValueError("expected an optimiser that keeps copies, got one without")
-        self._optimizer = optimizer
         parts = list(dict.fromkeys(part for root in modules for part in root.modules()))
         wide: set[Tensor] = set()
         for part in parts:
@@ -60,7 +59,6 @@ class ComputeCopies:
     @contextmanager
     def stand_in(self) -> Iterator[None]:
         """Compute with the copies inside: forward, backward, and what backward computes again."""
-        self._optimizer.refresh_copies(if_written=True)
         for module, name, _, copy in self._places:
             module._parameters[name] = copy
         try:

@@ -220,7 +220,8 @@ class FlatAdamW(torch.optim.Optimizer):
         With ``if_written`` only where autograd's versions of the tensors say that they were, which they do
         not of what is written through ``.data``.
         """
-        if if_written and self._versions() == self._known_versions:
+        kept = any("param_copy" in segment.buffers for segment in self._segments)
+        if not kept or (if_written and self._versions() == self._known_versions):
             return
         for segment in self._segments:
             for name in ("param", "average"):

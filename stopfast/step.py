@@ -114,6 +114,8 @@ class TrainStep:
             raise ValueError(f"expected a batch that {accumulate} divides, got {size}")
         scalars = self.objective.scalars(step)
         set_scalars(self.optimizer, scalars)
+        if isinstance(self.optimizer, FlatAdamW):
+            self.optimizer.refresh_copies(if_written=True)  # which no replay would
         inputs = images, self._draws.take(step, size)
         if self._graphs is not None:
             loss = self._graphs(inputs, self._whole)

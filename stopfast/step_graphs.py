@@ -92,7 +92,8 @@ class StepGraphs:
 
     A shape is the shapes of all tensors of the inputs, and the values of the rest. Its first step runs as
     it is, since that is where kernels are compiled; its second is captured and replayed, and so on. A
-    replay runs no Python: hooks of modules, tensors and the optimiser are called in other steps alone.
+    replay runs no Python, so it calls no hooks of modules and tensors; hooks of the optimiser's ``step``
+    are called in no step.
 
     Args:
         optimizer: what the steps update with.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from stopfast.compute_copies import ComputeCopies
 from stopfast.config import StepConfig
 from stopfast.flat_adamw import FlatAdamW
-from stopfast.kernels.ops import EAGER
+from stopfast.kernels.ops import EAGER, FUSED
 from stopfast.objectives.jepa import Jepa
 from stopfast.step import TrainStep
 from tests.test_objective import build, images, weights
@@ -58,6 +58,18 @@ def test_five_steps_are_autocasts(kind: str):
         step = step_of(objective, copies, accumulate)
         losses = [step(images(), number).loss for number in range(1, 6)]
         found.append({"losses": torch.stack(losses), **everything(objective, step)})
+    assert_equal(*found)
+
+
+def test_a_fused_step_is_autocasts():
+    found = []
+    for copies in (False, True):
+        objective = build(ops=FUSED)
+        for part in (m for root in objective.modules().values() for m in root.modules()):
+            if hasattr(part, "ops"):
+                part.ops = FUSED  # type: ignore
+        step = step_of(objective, copies)
+        found.append({"loss": step(images(2), 1).loss, **everything(objective, step)})
     assert_equal(*found)
 
 

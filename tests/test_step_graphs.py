@@ -100,6 +100,9 @@ def test_thirty_steps_over_five_shapes(way: str):
                 saved = copy.deepcopy(step.state_dict())
             if number == 20:
                 step.load_state_dict(saved)
+            if number == 25:  # weights alone, as some programs load
+                halved = {n: w / 2 for n, w in objective.encoder.state_dict().items()}
+                objective.encoder.load_state_dict(halved)
         found.append({"losses": torch.stack(losses), **everything(objective, step)})
         shapes = 3 if way == "padded" else 5  # (9, 6), (10, 5), (12, 6) and (7, 8) round to two
         eager = 30 if not graphs else shapes

@@ -154,7 +154,7 @@ LENGTHS = [(kept, wanted) for kept in range(4, 24) for wanted in range(2, 17)]
 
 
 def test_three_hundred_lengths_compile_once():
-    """After the first steps under torch.compile no mask's lengths, whatever they are, compile again."""
+    """After the first step under torch.compile no mask's lengths, whatever they are, compile again."""
     import torch._dynamo as dynamo
 
     torch.compiler.reset()
@@ -173,10 +173,9 @@ def test_three_hundred_lengths_compile_once():
     objective.masks = masks  # type: ignore[assignment]
     step = TrainStep(objective, StepConfig(compile=True))
     batch = images(2)
-    for number in (1, 2, 3):
-        step(batch, number)
+    step(batch, 1)  # whose sizes are equal to each other where they can be
     warm = step.counts()["compilations"]
     with dynamo.config.patch(error_on_recompile=True):
-        losses = [step(batch, number).loss for number in range(4, 4 + len(LENGTHS))]
+        losses = [step(batch, number).loss for number in range(2, 2 + len(LENGTHS))]
     assert step.counts()["compilations"] == warm > 0
-    assert torch.stack(losses).isfinite().all() and step.counts()["eager"] == 303
+    assert torch.stack(losses).isfinite().all() and step.counts()["eager"] == 301
