@@ -33,7 +33,7 @@ HELD = []
 CALLS = Path(__file__).with_suffix(".calls")
 
 def plan(options):
-    for arm in ("quick", "slow", "absent", "big", "wrong", "broken", "late"):
+    for arm in ("quick", "slow", "absent", "big", "broken", "wrong", "late"):
         yield Cell("fake", arm, {"model": "toy", "images": 4})
 
 def note(text):
@@ -177,6 +177,7 @@ def test_newest_rows_win_and_sweeps_are_one(tmp_path):
     (tmp_path / "gpu" / "evaluation.json").write_text('{"figures": {}}')
     first, second = newest("step", tmp_path)
     assert (first.arm, first.samples, first.ms, first.commit) == ("a", (5.0, 7.0), 6.0, "bbbbbbb")
+    assert first.outcome is None
     assert (second.arm, second.ms, second.outcome) == ("b", 3.0, None)
 
 
