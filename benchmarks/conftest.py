@@ -1,5 +1,6 @@
 """Benchmarks as pytest runs them: options, one test for each measurement, a row for each result."""
 
+import traceback
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any, cast
 import pytest
 
 from benchmarks.clock import round_clock
-from benchmarks.engine import DEVICE_LOST, HANDED_OVER, Bench, Recorder, forget
+from benchmarks.engine import DEVICE_LOST, HANDED_OVER, Bench, Recorder
 from benchmarks.options import Cell, Options, chosen
 
 _RECORDER = pytest.StashKey[Recorder]()
@@ -125,8 +126,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
         result = yield
     except Exception as error:
         refusal = recorder.refuse(cell, error, benchmark.extra_info)
-        told = forget(error)
-        story = "" if error is refusal else told
+        story = "" if error is refusal else traceback.format_exc()
     finally:
         recorder.end()
     if refusal is None:

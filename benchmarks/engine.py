@@ -12,7 +12,6 @@ import json
 import re
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -251,16 +250,3 @@ def _as_refusal(error: Exception) -> NotTimed:
     text = f"{type(error).__name__}: {first}"
     short = isinstance(error, torch.OutOfMemoryError) or re.search(_NO_MEMORY, str(error))
     return OutOfMemory(text) if short else NotTimed(text)
-
-
-def forget(error: BaseException) -> str:
-    """Return an exception's traceback as text and let go of everything its frames hold.
-
-    pytest keeps the last exception, and with it an arm's tensors: the next arm would not have the memory.
-    """
-    text = "".join(traceback.format_exception(error))
-    link: BaseException | None = error
-    while link is not None:
-        traceback.clear_frames(link.__traceback__)
-        link.__traceback__, link = None, link.__cause__ or link.__context__
-    return text
