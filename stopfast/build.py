@@ -41,8 +41,8 @@ def fastest(config: Config, device: torch.device) -> Config:
 
     On a GPU: our attention, which takes padded lengths; the update in one kernel; compiled blocks, which
     fuse what lies between the products; buckets of lengths; masks drawn ahead; the target encoder on a
-    stream of its own; steps as CUDA graphs (unless in fp16, where the host has to see skipped steps); and
-    in bf16 compute copies of the weights. On the CPU nothing is launch-bound, and what leaves out
+    stream of its own; steps as CUDA graphs (unless in fp16, whose loss scaler no graph holds); and in
+    bf16 compute copies of the weights. On the CPU nothing is launch-bound, and what leaves out
     unused work is all that helps.
     """
     step = replace(config.step, fast=True, skip_unused=True, ahead=True)

@@ -253,7 +253,7 @@ class StepConfig:
         )
         _require(
             not self.graphs or self.precision != "fp16",
-            "expected precision fp32 or bf16 with graphs, got fp16, whose skips the host must see",
+            "expected precision fp32 or bf16 with graphs, got fp16, whose loss scaler no graph holds",
         )
 
 
