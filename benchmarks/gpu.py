@@ -100,6 +100,7 @@ def tasks(options: GpuOptions) -> Iterator[Task]:
             yield from _steps(model, images, small)
     problem = ("--model", first, "--images", str(batches[0]))
     cold = ("--state", "cold", "--steps", "20" if small else "500")
+    cold += ("--arm", "published", "stopfast") if small else ()
     yield Task(f"cold-{first}", ("step", *problem, *cold), 60, patience=400)
     curves = ("--steps", "20" if small else "200")
     curves += ("--root", str(options.data)) if options.data else ()

@@ -60,7 +60,7 @@ def info(name: str, form: str = "{}", scale: float = 1.0) -> Cell:
         value = one.info.get(name)
         if value is None or not one.samples:
             return ""
-        return form.format(value / scale if isinstance(value, int | float) else value)
+        return form.format(value if scale == 1 else value / scale)
 
     return cell
 
