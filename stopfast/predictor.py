@@ -61,7 +61,7 @@ class Predictor(nn.Module, HubMixin):
     mask_token: nn.Parameter
     read_in_fp32 = ("predictor_embed.bias",)
     """Added to queries as it is, besides the cast of it that autocast adds to the context: see
-    :class:`stopfast.compute_copies.ComputeCopies`."""
+    :class:`stopfast.step.copies.ComputeCopies`."""
 
     def __init__(
         self,

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stopfast.compute_copies import ComputeCopies
 from stopfast.config import StepConfig
 from stopfast.flat_adamw import FlatAdamW
 from stopfast.kernels.ops import EAGER, FUSED
 from stopfast.objectives.jepa import Jepa
 from stopfast.step import TrainStep
+from stopfast.step.copies import ComputeCopies
 from tests.test_objective import build, images, weights
 
 KINDS: dict[str, dict[str, Any]] = {

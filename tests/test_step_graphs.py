@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stopfast import step_graphs
 from stopfast.block import Block
 from stopfast.config import StepConfig
 from stopfast.flat_adamw import FlatAdamW
@@ -19,7 +18,8 @@ from stopfast.kernels.ops import EAGER
 from stopfast.masking import Masks
 from stopfast.objectives.jepa import Jepa
 from stopfast.step import TrainStep
-from stopfast.step_graphs import StepGraphs
+from stopfast.step import graphs as step_graphs
+from stopfast.step.graphs import StepGraphs
 from tests.test_compute_copies import assert_equal, everything
 from tests.test_objective import assert_close, build, images, weights
 

@@ -18,7 +18,7 @@ from stopfast.kernels.ops import EAGER, FUSED, Ops
 from stopfast.masking import Masks
 from stopfast.objectives.jepa import Jepa
 from stopfast.step import TrainStep
-from stopfast.step_draws import StepDraws
+from stopfast.step.draws import StepDraws
 from tests.test_compute_copies import assert_equal
 from tests.test_objective import build, images, weights
 

@@ -7,14 +7,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from stopfast.compute_copies import ComputeCopies
 from stopfast.config import StepConfig
 from stopfast.flat_adamw import FlatAdamW
 from stopfast.kernels.ops import Ops
 from stopfast.objectives import Objective
 from stopfast.optim import Implementation, build_optimizer, clip_gradients, set_scalars
-from stopfast.step_draws import StepDraws
-from stopfast.step_graphs import CudaRecorder, StepGraphs
+from stopfast.step.copies import ComputeCopies
+from stopfast.step.draws import StepDraws
+from stopfast.step.graphs import CudaRecorder, StepGraphs
 
 Precision = Literal["fp32", "bf16", "fp16"]
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
