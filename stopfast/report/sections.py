@@ -266,8 +266,8 @@ def _cut_over(config: Config) -> int:
 def _first_masks(config: Config, count: int) -> tuple[Masks, int]:
     """Return the first step's masks of its first images, and how many contexts are cut to one length."""
     batch = max(_cut_over(config), count)
-    masks = build_masks(config)(batch, 0)
-    return Masks(*([index[:count] for index in blocks] for blocks in masks[:2])), batch
+    context, target, _ = build_masks(config)(batch, 0)
+    return Masks([index[:count] for index in context], [index[:count] for index in target]), batch
 
 
 def _start(config: Config) -> Predictor:
