@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.kernel_table import table
+from benchmarks.report import markdown
+from benchmarks.tables import operations
 from stopfast.cli import main
 from tests.test_published_yaml import FILES, YAML
 
@@ -57,8 +58,8 @@ def test_links():
 
 
 def test_table_of_operations():
-    """It is the one that the cases and the newest results make: `python -m benchmarks.kernel_table`."""
-    assert table() in README
+    """It is the one that the cases and the newest results make: `python -m benchmarks report`."""
+    assert markdown(operations()) in README
 
 
 def test_verify_commands_parse(capsys):
