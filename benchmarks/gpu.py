@@ -23,7 +23,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from benchmarks.engine import DEVICE_LOST, running_marker
+from benchmarks.engine import running_marker
 from benchmarks.options import Options
 from benchmarks.provenance import HERE
 from benchmarks.report import printed
@@ -43,6 +43,7 @@ folder = device_folder(options.place)
 print(results_path(Path(sys.argv[2]), folder, provenance(options.commit)))
 """
 Ending = Literal["done", "done, but not every arm", "failed", "no time left"]
+_ENDINGS: dict[int, Ending] = {0: "done", 1: "done, but not every arm"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,13 +195,18 @@ def taken_over(earlier: Path, path: Path) -> None:
 
 
 def attempt(task: Task, options: GpuOptions, path: Path, deadline: float) -> Ending:
-    """Run a task until it is done or the time is over; what an arm breaks is begun anew without it."""
+    """Run a task until it is done or the time is over; what an arm breaks is begun anew without it.
+
+    A process that ended otherwise than pytest does, after it had written rows, lost the GPU or fell on its
+    way out: the next one goes on behind them.
+    """
     marker = running_marker(path)
     while True:
         marker.unlink(missing_ok=True)
         left = deadline - time.monotonic()
         if left < task.least:
             return "no time left"
+        before = _rows(path)
         patience = max(options.arm_seconds, task.patience)
         status, reason = _watched(_command(task, options, path, left), marker, patience, deadline)
         if reason == "no time left":
@@ -209,9 +215,15 @@ def attempt(task: Task, options: GpuOptions, path: Path, deadline: float) -> End
         if marker.exists():
             results = Results.open(path)
             results.refuse(json.loads(marker.read_text()), "gave no result", reason)
-        elif status != DEVICE_LOST:
-            endings: dict[int, Ending] = {0: "done", 1: "done, but not every arm"}
-            return endings.get(status, "failed")
+        elif status in _ENDINGS:
+            return _ENDINGS[status]
+        elif _rows(path) == before:
+            return "failed"
+
+
+def _rows(path: Path) -> int:
+    results = Results.open(path)
+    return len(results.rows()) + len(results.not_timed())
 
 
 def _command(task: Task, options: GpuOptions, path: Path, left: float) -> list[str]:

@@ -315,6 +315,23 @@ def test_script_survives_its_arms(tmp_path, monkeypatch):
     assert not [r for r in Results.open(path).not_timed() if r["extra_info"]["arm"] == "hangs"]
 
 
+def test_script_goes_on_behind_rows(tmp_path, monkeypatch):
+    """A process that fell after it had written a row is begun again; one that wrote none is not."""
+    path, statuses = tmp_path / "results.json", iter([70, -6, 0, 2])
+
+    def watched(*_):
+        status = next(statuses)
+        if status not in (0, 2):
+            write(path, [(step(str(status)), "failed")])
+        return status, ""
+
+    monkeypatch.setattr(gpu, "_watched", watched)
+    options, task = gpu.GpuOptions(output=tmp_path, device="cpu"), gpu.Task("k", ("k",), least=0.0)
+    ending = gpu.attempt(task, options, path, time.monotonic() + 30)
+    assert ending == "done" and len(Results.open(path).not_timed()) == 2
+    assert gpu.attempt(task, options, path, time.monotonic() + 30) == "failed"
+
+
 def test_script_orders_and_resumes(tmp_path):
     """Ceilings, then ViT-B/16 at 64; results of the same commit are taken over, others not."""
     names = [task.name for task in gpu.tasks(gpu.GpuOptions(output=tmp_path, device="cpu"))]
