@@ -1,4 +1,4 @@
-"""The benchmarks' engine: rows after each arm, resuming, refusals, tables, plots, the script for a GPU."""
+"""The benchmarks' engine: rows after each arm, resuming, refusals; the kinds that a CPU has."""
 
 import subprocess
 import sys
