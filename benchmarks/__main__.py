@@ -15,9 +15,9 @@ KINDS = {
     "loader": ("bench_loader", "images a second of data loaders"),
     "train": ("bench_train", "training with the loader: waiting and computing"),
     "ceilings": ("bench_ceilings", "the device's matrix rate and memory bandwidth"),
-    "roofline": ("roofline", "what a step has to compute and to move, and its floor"),
-    "tune": ("tuning", "search of the kernels' configurations on the device at hand"),
-    "report": ("report", "tables and plots from the results; --write, --check"),
+    "roofline": ("roof.roofline", "what a step has to compute and to move, and its floor"),
+    "tune": ("tuning.search", "search of the kernels' configurations on the device at hand"),
+    "report": ("report.report", "tables and plots from the results; --write, --check"),
     "gpu": ("gpu", "all of it, most valuable first, within a time limit; goes on where it stopped"),
 }
 """Kinds of measurement: module with ``OPTIONS``, a dataclass, and perhaps ``run(options)``; what it is."""
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         if hasattr(module, "run"):
             return module.run(options)
-        from benchmarks.engine import run
+        from benchmarks.engine.runner import run
 
         return run(f"{name}.py", options)
     except ValueError as error:

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.ceilings import PUBLISHED, Load, calls_for, loads
-from benchmarks.engine import Bench
-from benchmarks.options import Cell, Options
-from benchmarks.provenance import clocks
+from benchmarks.engine.options import Cell, Options
+from benchmarks.engine.provenance import clocks
+from benchmarks.engine.runner import Bench
+from benchmarks.roof.ceilings import PUBLISHED, Load, calls_for, loads
 
 _ROUND = 0.05  # seconds; ten rounds that are not kept are enough for clocks to settle
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

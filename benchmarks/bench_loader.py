@@ -21,17 +21,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import engine
-from benchmarks.ceilings import PUBLISHED
-from benchmarks.demand import demands
-from benchmarks.engine import Bench
-from benchmarks.feeds import Batches, Feed
-from benchmarks.loader_gate import check_form, check_loader, check_spread
-from benchmarks.loaders import LOADERS
-from benchmarks.options import Cell, Options
-from benchmarks.provenance import device_folder, provenance
-from benchmarks.refusals import NotHere
-from benchmarks.results import Results, Row, results_path
+from benchmarks.engine import runner as engine
+from benchmarks.engine.options import Cell, Options
+from benchmarks.engine.provenance import device_folder, provenance
+from benchmarks.engine.refusals import NotHere
+from benchmarks.engine.results import Results, Row, results_path
+from benchmarks.engine.runner import Bench
+from benchmarks.loaders.arms import LOADERS
+from benchmarks.loaders.demand import demands
+from benchmarks.loaders.feeds import Batches, Feed
+from benchmarks.loaders.gate import check_form, check_loader, check_spread
+from benchmarks.roof.ceilings import PUBLISHED
 from stopfast.config import Transforms
 from stopfast.data.images import Images, open_images
 

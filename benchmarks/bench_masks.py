@@ -12,10 +12,10 @@ from itertools import count
 import numpy as np
 import torch
 
-from benchmarks.engine import Bench
+from benchmarks.engine.options import Cell, Options
+from benchmarks.engine.refusals import Disagreement, NotHere
+from benchmarks.engine.runner import Bench
 from benchmarks.mask_loops import PUBLISHED, Masks, numpy_loop_masks, torch_loop_masks
-from benchmarks.options import Cell, Options
-from benchmarks.refusals import Disagreement, NotHere
 from stopfast.masking import MultiBlockMasks
 
 Sampler = Callable[[int], Masks]

@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from benchmarks.engine import Bench
-from benchmarks.harness import peak_bytes
+from benchmarks.engine.agreement import peak_bytes
+from benchmarks.engine.options import Cell, Options
+from benchmarks.engine.refusals import Disagreement, NotHere
+from benchmarks.engine.runner import Bench
 from benchmarks.libraries import library_arms
-from benchmarks.options import Cell, Options
-from benchmarks.refusals import Disagreement, NotHere
 from stopfast.kernels.cases import CASES, Case, Shape, moved_bytes
 from stopfast.kernels.ops import EAGER, FUSED
 

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.engine import Bench
-from benchmarks.harness import peak_bytes, relative_error
-from benchmarks.options import Cell, Options
-from benchmarks.published import PublishedPredictor
-from benchmarks.refusals import Disagreement, NotHere
+from benchmarks.engine.agreement import peak_bytes, relative_error
+from benchmarks.engine.options import Cell, Options
+from benchmarks.engine.refusals import Disagreement, NotHere
+from benchmarks.engine.runner import Bench
+from benchmarks.step.published_model import PublishedPredictor
 from stopfast.predictor import Predictor
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}

@@ -1,9 +1,9 @@
 """The whole training step: the published program, what can be assembled, stopfast and its ablations.
 
-No arm is timed before it has taken the published program's steps (see `benchmarks.gate`). Warm: after every
-shape that is timed has been met often enough for nothing to be compiled or captured any more, 40 steps
-in rounds of ten, in which the host waits for nothing but what the arm itself waits for. Cold: the first
-500 steps of a process of its own with empty caches, compiling included.
+No arm is timed before it has taken the published program's steps (`benchmarks.step.gate`). Warm: after
+every shape that is timed has been met often enough for nothing to be compiled or captured any more, 40
+steps in rounds of ten, in which the host waits for nothing but what the arm itself waits for. Cold: the
+first 500 steps of a process of its own with empty caches, compiling included.
 """
 
 import json
@@ -16,17 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from benchmarks.arms import ARMS, OURS, StepArm
-from benchmarks.ceilings import newest_roof
-from benchmarks.cold import Cold, Story
-from benchmarks.engine import Bench
-from benchmarks.gate import STEPS, Errors, Reference, check, reference
-from benchmarks.options import Cell, Options
-from benchmarks.provenance import HERE, device_folder
-from benchmarks.refusals import NotTimed, OutOfMemory
-from benchmarks.roofline import step_cost
-from benchmarks.step_work import shape_of
-from benchmarks.workload import MODELS, Precision, build_workload
+from benchmarks.engine.options import Cell, Options
+from benchmarks.engine.provenance import HERE, device_folder
+from benchmarks.engine.refusals import NotTimed, OutOfMemory
+from benchmarks.engine.runner import Bench
+from benchmarks.roof.ceilings import newest_roof
+from benchmarks.roof.roofline import step_cost
+from benchmarks.roof.step_work import shape_of
+from benchmarks.step.arms import ARMS, OURS, StepArm
+from benchmarks.step.cold import Cold, Story
+from benchmarks.step.gate import STEPS, Errors, Reference, check, reference
+from benchmarks.step.workload import MODELS, Precision, build_workload
 
 _EACH = 10  # steps of a round
 _ROUNDS = 4
@@ -177,7 +177,7 @@ def test_cold(cell: Cell, bench: Bench) -> None:
 
 
 def _in_its_own_process(asked: Cold) -> Story:
-    """Run :mod:`benchmarks.cold` with caches of its own.
+    """Run :mod:`benchmarks.step.cold` with caches of its own.
 
     Raises:
         OutOfMemory, NotTimed: it failed.
@@ -189,7 +189,7 @@ def _in_its_own_process(asked: Cold) -> Story:
         }
         told = Path(folder, "story.json")
         ran = subprocess.run(
-            [sys.executable, "-m", "benchmarks.cold", *asked.arguments(), "--told", str(told)],
+            [sys.executable, "-m", "benchmarks.step.cold", *asked.arguments(), "--told", str(told)],
             cwd=HERE.parent,
             env={**os.environ, **caches},
             capture_output=True,

@@ -15,12 +15,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from benchmarks import engine
-from benchmarks.engine import Bench
-from benchmarks.feeds import ENDLESS
-from benchmarks.options import Cell, Options
-from benchmarks.refusals import NotHere
-from benchmarks.workload import MODELS
+from benchmarks.engine import runner as engine
+from benchmarks.engine.options import Cell, Options
+from benchmarks.engine.refusals import NotHere
+from benchmarks.engine.runner import Bench
+from benchmarks.loaders.feeds import ENDLESS
+from benchmarks.step.workload import MODELS
 from stopfast.build import build_objective, build_step, fastest
 from stopfast.config import Config
 from stopfast.data.images import Images, open_images, split_folder

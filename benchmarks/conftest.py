@@ -8,9 +8,9 @@ from typing import Any, cast
 
 import pytest
 
-from benchmarks.clock import round_clock
-from benchmarks.engine import DEVICE_LOST, HANDED_OVER, Bench, Recorder
-from benchmarks.options import Cell, Options, chosen
+from benchmarks.engine.clock import round_clock
+from benchmarks.engine.options import Cell, Options, chosen
+from benchmarks.engine.runner import DEVICE_LOST, HANDED_OVER, Bench, Recorder
 
 _RECORDER = pytest.StashKey[Recorder]()
 _FLAGS: dict[str, dict[str, Any]] = {
@@ -33,7 +33,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Add what every kind of benchmark can be told; `python -m benchmarks KIND` knows the rest."""
     group = parser.getgroup("stopfast")
     for name, named in _FLAGS.items():
-        group.addoption(f"--{name}", **named, help=f"see benchmarks.options.Options.{name}")
+        group.addoption(f"--{name}", **named, help=f"see benchmarks.engine.options.Options.{name}")
 
 
 def _options(config: pytest.Config, module: Any) -> Options:  # noqa: ANN401

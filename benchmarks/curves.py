@@ -14,12 +14,12 @@ import torch
 from platformdirs import user_cache_path
 from torch import Tensor
 
-from benchmarks.arms import ARMS, OURS, PUBLISHED
-from benchmarks.engine import Bench
-from benchmarks.engine import run as measure
-from benchmarks.options import Cell, Options
-from benchmarks.results import FOLDER, all_results
-from benchmarks.workload import MODELS, Precision, Workload, build_workload
+from benchmarks.engine.options import Cell, Options
+from benchmarks.engine.results import FOLDER, all_results
+from benchmarks.engine.runner import Bench
+from benchmarks.engine.runner import run as measure
+from benchmarks.step.arms import ARMS, OURS, PUBLISHED
+from benchmarks.step.workload import MODELS, Precision, Workload, build_workload
 from stopfast.config import DataConfig
 from stopfast.data.digits import digits_folder
 from stopfast.data.images import open_images, split_folder

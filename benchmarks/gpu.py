@@ -23,21 +23,21 @@ from typing import Literal
 
 from rich.console import Console
 
-from benchmarks.engine import running_marker
-from benchmarks.options import Options
-from benchmarks.provenance import HERE
-from benchmarks.report import printed
-from benchmarks.results import Results
-from benchmarks.tables import TABLES
+from benchmarks.engine.options import Options
+from benchmarks.engine.provenance import HERE
+from benchmarks.engine.results import Results
+from benchmarks.engine.runner import running_marker
+from benchmarks.report.report import printed
+from benchmarks.report.tables import TABLES
 from stopfast.kernels._measured import PATH
 
 _MARGIN = 10.0  # seconds kept for the summary
 _WHERE = """
 import sys
 from pathlib import Path
-from benchmarks.options import Options
-from benchmarks.provenance import device_folder, provenance
-from benchmarks.results import results_path
+from benchmarks.engine.options import Options
+from benchmarks.engine.provenance import device_folder, provenance
+from benchmarks.engine.results import results_path
 options = Options(device=sys.argv[1], commit=sys.argv[3] or None)
 folder = device_folder(options.place)
 print(results_path(Path(sys.argv[2]), folder, provenance(options.commit)))

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from benchmarks.harness import relative_error
+from benchmarks.engine.agreement import relative_error
 
 GOLDEN = Path(__file__).parent / "golden"
 TOLERANCE = 1e-5  # norm of the difference over norm, per tensor, in fp32

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import relative_error
-from benchmarks.published import PublishedEncoder, PublishedPredictor
+from benchmarks.engine.agreement import relative_error
+from benchmarks.step.published_model import PublishedEncoder, PublishedPredictor
 from stopfast import Predictor, accelerate
 from stopfast.kernels._launch import watch_launches
 from stopfast.kernels.ops import EAGER, FUSED, Ops

@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.arms import ARMS, assembled, captured
-from benchmarks.arms.program import Program
-from benchmarks.arms.published import Published
 from benchmarks.bench_step import settle
-from benchmarks.cold import Cold, take
-from benchmarks.gate import check, reference
-from benchmarks.refusals import Disagreement, NotHere
-from benchmarks.workload import build_workload
+from benchmarks.engine.refusals import Disagreement, NotHere
+from benchmarks.step.arms import ARMS, assembled, captured
+from benchmarks.step.arms.program import Program
+from benchmarks.step.arms.published import Published
+from benchmarks.step.cold import Cold, take
+from benchmarks.step.gate import check, reference
+from benchmarks.step.workload import build_workload
 
 EAGER = [name for name in ARMS if not name.startswith("compile") and "compiled" not in name]
 STATIC = {
@@ -54,7 +54,7 @@ class WithoutAverage(Program):
 
 class OtherNoise(Program):
     def step(self, number, noise=None):
-        return super().step(number, [draw.roll(1, 0) for draw in noise])
+        return super().step(number, [draw.roll(1, 0) for draw in noise or ()])
 
 
 class Scaled(Program):

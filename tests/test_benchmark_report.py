@@ -8,13 +8,14 @@ import pytest
 
 pytest.importorskip("pytest_benchmark")
 
-from benchmarks import gpu, plots, report
+from benchmarks import gpu
 from benchmarks.__main__ import main
-from benchmarks.engine import running_marker
-from benchmarks.measured import newest
-from benchmarks.options import Cell
-from benchmarks.results import Results, all_results, results_path
-from benchmarks.tables import listed, projection
+from benchmarks.engine.options import Cell
+from benchmarks.engine.results import Results, all_results, results_path
+from benchmarks.engine.runner import running_marker
+from benchmarks.report import plots, report
+from benchmarks.report.measured import newest
+from benchmarks.report.tables import listed, projection
 
 
 def write(path, rows, commit="abcdef0", **more):

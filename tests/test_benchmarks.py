@@ -8,21 +8,22 @@ import torch
 
 pytest.importorskip("pytest_benchmark")
 
-from benchmarks import bench_masks, clock
+from benchmarks import bench_masks
 from benchmarks.__main__ import main
 from benchmarks.bench_ops import largest_error
 from benchmarks.bench_predictor import worst_error
-from benchmarks.engine import run, running_marker
-from benchmarks.options import Cell, Options, chosen
-from benchmarks.refusals import Disagreement
-from benchmarks.results import Results
+from benchmarks.engine import clock
+from benchmarks.engine.options import Cell, Options, chosen
+from benchmarks.engine.refusals import Disagreement
+from benchmarks.engine.results import Results
+from benchmarks.engine.runner import run, running_marker
 
 FAKE = """
 import time, weakref
 from pathlib import Path
 import torch
-from benchmarks.options import Cell, Options
-from benchmarks.refusals import Disagreement, NotHere
+from benchmarks.engine.options import Cell, Options
+from benchmarks.engine.refusals import Disagreement, NotHere
 
 OPTIONS = Options
 HELD = []

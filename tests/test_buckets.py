@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.harness import relative_error
+from benchmarks.engine.agreement import relative_error
 from stopfast import MultiBlockMasks, masking
 from stopfast.block import Block, Slots
 from stopfast.buckets import bucket_of, pad_slots, pad_to_bucket

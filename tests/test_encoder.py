@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.harness import relative_error
+from benchmarks.engine.agreement import relative_error
 from stopfast import VisionTransformer
 from stopfast.models import SHAPES, encoder_of_size, vit_predictor
 from stopfast.pos_embed import interpolate_pos_embed, sincos_pos_embed

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.harness import relative_error
+from benchmarks.engine.agreement import relative_error
 from stopfast import MultiBlockMasks, Predictor, VisionTransformer
 from stopfast.config import Transforms
 from stopfast.kernels._launch import watch_launches

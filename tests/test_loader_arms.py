@@ -13,14 +13,16 @@ from PIL import Image
 
 pytest.importorskip("pytest_benchmark")
 
-from benchmarks import bench_loader, bench_train, engine, loaders
-from benchmarks.demand import demands
-from benchmarks.feeds import Fed, Feed
-from benchmarks.loader_gate import check_form, check_loader, check_spread
-from benchmarks.loaders import LOADERS
+from benchmarks import bench_loader, bench_train
+from benchmarks.engine import runner as engine
+from benchmarks.engine.refusals import Disagreement, NotHere
+from benchmarks.engine.results import Results
+from benchmarks.loaders import arms as loaders
+from benchmarks.loaders.arms import LOADERS
+from benchmarks.loaders.demand import demands
+from benchmarks.loaders.feeds import Fed, Feed
+from benchmarks.loaders.gate import check_form, check_loader, check_spread
 from benchmarks.mask_loops import PUBLISHED
-from benchmarks.refusals import Disagreement, NotHere
-from benchmarks.results import Results
 from stopfast.config import Transforms
 from stopfast.data.images import open_images
 from tests.small_photographs import CPU

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.harness import relative_error
+from benchmarks.engine.agreement import relative_error
 from stopfast.kernels._launch import Launch, interpreted, watch_launches
 from stopfast.kernels._token_kernels import RANGE, Tiles, tokens_kernel
 from stopfast.kernels.noise import positional_noise

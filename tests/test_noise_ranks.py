@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.harness import relative_error
+from benchmarks.engine.agreement import relative_error
 from stopfast.kernels.ops import EAGER, FUSED, Ops
 from tests.noise_battery import repeats
 from tests.small_predictor import KX, KY, D, N, P, small

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from benchmarks.harness import relative_error
+from benchmarks.engine.agreement import relative_error
 from stopfast.kernels._launch import watch_launches
 from stopfast.kernels.ops import EAGER, FUSED, Ops
 from tests.small_predictor import inputs, small

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import relative_error
-from benchmarks.published import (
+from benchmarks.engine.agreement import relative_error
+from benchmarks.step.published_model import (
     PublishedEncoder,
     PublishedPredictor,
     published_ema,

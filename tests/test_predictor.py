@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.harness import relative_error
+from benchmarks.engine.agreement import relative_error
 from stopfast import Predictor
 from stopfast.kernels.ops import EAGER
 from tests.small_predictor import KX, KY, B, D, N, P, Recorder, inputs, small

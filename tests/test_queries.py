@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.harness import relative_error
+from benchmarks.engine.agreement import relative_error
 from stopfast.optim import parameter_groups
 from tests.small_predictor import KX, KY, B, D, P, Recorder, inputs, queries, small
 

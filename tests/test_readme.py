@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.report import markdown
-from benchmarks.tables import operations
+from benchmarks.report.report import markdown
+from benchmarks.report.tables import operations
 from stopfast.cli import main
 from tests.test_published_yaml import FILES, YAML
 

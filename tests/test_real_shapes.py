@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from benchmarks.harness import peak_bytes
-from benchmarks.published import PublishedPredictor
+from benchmarks.engine.agreement import peak_bytes
+from benchmarks.step.published_model import PublishedPredictor
 from stopfast import Predictor
 from stopfast.kernels.cases import CASES, Case, Shape
 from stopfast.kernels.ops import EAGER, FUSED

@@ -7,9 +7,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.ceilings import Roof, newest_roof
-from benchmarks.results import Results
-from benchmarks.roofline import (
+from benchmarks.engine.results import Results
+from benchmarks.roof.ceilings import Roof, newest_roof
+from benchmarks.roof.roofline import (
     Part,
     RooflineOptions,
     StepCost,
@@ -18,7 +18,7 @@ from benchmarks.roofline import (
     run,
     step_cost,
 )
-from benchmarks.step_work import Shape, drawn_shapes, step_bytes, step_work
+from benchmarks.roof.step_work import Shape, drawn_shapes, step_bytes, step_work
 from stopfast.build import build_objective
 from stopfast.presets import PRESETS, demo
 

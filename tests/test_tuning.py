@@ -6,14 +6,14 @@ from itertools import cycle
 import pytest
 import torch
 
-from benchmarks import tuning_jobs
-from benchmarks.contest import Arena, Candidate, Contest, TimeOver
-from benchmarks.race import race
-from benchmarks.refusals import Disagreement
-from benchmarks.results import Results
-from benchmarks.tuning import TuneOptions, run
-from benchmarks.tuning_table import attention_table, fused_table, read_table, write_table
-from benchmarks.verified import Calls, Reference, copied
+from benchmarks.engine.refusals import Disagreement
+from benchmarks.engine.results import Results
+from benchmarks.tuning import jobs as tuning_jobs
+from benchmarks.tuning.contest import Arena, Candidate, Contest, TimeOver
+from benchmarks.tuning.race import race
+from benchmarks.tuning.search import TuneOptions, run
+from benchmarks.tuning.table import attention_table, fused_table, read_table, write_table
+from benchmarks.tuning.verified import Calls, Reference, copied
 from stopfast.kernels import _measured, _tiles, attention_backends
 from stopfast.kernels._launch import watch_launches
 from stopfast.kernels._tiles import CHOICES, Asked, shape_class, tiles, trying

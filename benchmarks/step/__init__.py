@@ -1,0 +1,1 @@
+"""One training problem, the programs that solve it, and whether they solve the same."""

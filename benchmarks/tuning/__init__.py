@@ -1,0 +1,1 @@
+"""Search of the kernels' configurations on the device at hand."""
