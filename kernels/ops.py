@@ -96,8 +96,9 @@ def _for_gpu(index: int | None) -> Ops:
     return EAGER._replace(
         **fast,
         name="auto",
-        # The first is on for its memory, measured or not; nobody calls the second but by its name.
+        # The first two are on, measured or not, for their memory; nobody calls the third but by its name.
         predictor_tokens=FUSED.predictor_tokens,
+        target_smooth_l1=FUSED.target_smooth_l1,
         adamw_ema=FUSED.adamw_ema,
         attention=attention_backend("auto"),
     )

@@ -57,7 +57,10 @@ def stopfast() -> Finding:
 
 def operations() -> Finding:
     """Which implementation ``ops='auto'`` is."""
-    note = "ops='auto' is EAGER on the CPU; on a GPU predictor_tokens is fused, the rest by measurement"
+    note = (
+        "ops='auto' is EAGER on the CPU; on a GPU predictor_tokens and target_smooth_l1 are fused, "
+        "the rest by measurement"
+    )
     loaded, _ = _load("torch")
     try:
         gpu = loaded.cuda.get_device_name(0) if loaded and loaded.cuda.is_available() else None

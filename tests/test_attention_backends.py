@@ -89,7 +89,8 @@ def test_the_table_decides_once(monkeypatch):
     assert gpu.layer_norm is FUSED.layer_norm and gpu.linear_gelu is EAGER.linear_gelu
     other = ops_on(AUTO, torch.device("cuda", 1))
     assert other.layer_norm is EAGER.layer_norm
-    assert other.predictor_tokens is FUSED.predictor_tokens
+    for name in ("predictor_tokens", "target_smooth_l1"):
+        assert getattr(other, name) is getattr(FUSED, name)
     assert other.attention is attention_backends.auto
 
 
