@@ -18,7 +18,7 @@ from typing import Literal
 
 from benchmarks.engine.options import Cell, Options
 from benchmarks.engine.provenance import HERE, device_folder
-from benchmarks.engine.refusals import NotTimed, OutOfMemory
+from benchmarks.engine.refusals import Disagreement, NotTimed, OutOfMemory
 from benchmarks.engine.runner import Bench
 from benchmarks.roof.ceilings import newest_roof
 from benchmarks.roof.roofline import step_cost
@@ -113,6 +113,18 @@ def settle(arm: StepArm, first: int, steps: int) -> int:
     return _PASSES * steps
 
 
+def _sane(loss: float, expected: Reference) -> float:
+    """The loss after all that was timed; shapes that the gate did not meet are in it.
+
+    Raises:
+        Disagreement: it is not finite, or twice what training began with.
+    """
+    first = expected.exact.losses[0].item()
+    if not loss <= 2.0 * first:
+        raise Disagreement(f"a loss of {loss} after the timed steps, {first} at the first")
+    return loss
+
+
 def _made(arm: StepArm) -> tuple[int, int]:
     counts = arm.counts()
     return counts["compilations"], counts["graphs"]
@@ -135,7 +147,7 @@ def test_step(cell: Cell, bench: Bench) -> None:
         times = bench.steps(arm.step, first=first, rounds=_ROUNDS, each=_EACH, warmup=1)
         bench.info["counts"] = arm.counts()
         bench.info["settled"] = _made(arm) == before
-        bench.info["loss"] = arm.step(timed.stop).item()
+        bench.info["loss"] = _sane(arm.step(timed.stop).item(), expected)
     finally:
         arm.close()
     kept = [workload.masks_of(number) for number in timed[warmup * _EACH :]]

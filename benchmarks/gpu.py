@@ -94,11 +94,9 @@ def tasks(options: GpuOptions) -> Iterator[Task]:
     small = options.device == "cpu"
     batches = (4,) if small else (64, 128)
     yield Task("ceilings", ("ceilings", *(("--rounds", "4") if small else ("--model", first))), 25)
-    for images in batches:
-        yield from _steps(first, images, small)
-    for model in rest:
-        for images in batches:
-            yield from _steps(model, images, small)
+    problems = [(model, images) for model in (first, *rest) for images in batches]
+    for model, images in problems:
+        yield _whole(model, images, small)
     problem = ("--model", first, "--images", str(batches[0]))
     cold = ("--state", "cold", "--steps", "20" if small else "500")
     cold += ("--arm", "published", "stopfast") if small else ()
@@ -106,6 +104,8 @@ def tasks(options: GpuOptions) -> Iterator[Task]:
     curves = ("--steps", "20" if small else "200")
     curves += ("--root", str(options.data)) if options.data else ()
     yield Task("curves", ("curves", *problem, *curves), 60)
+    for model, images in problems:
+        yield _parts(model, images, small)
     interpreted = ("--no-compiled", "--rounds", "1") if small else ()
     yield Task("ops", ("ops", *interpreted), 30)
     tokens = ("12", "6") if small else ("53", "33")
@@ -129,14 +129,22 @@ def _table(options: GpuOptions) -> Path:
     return table
 
 
-def _steps(model: str, images: int, small: bool) -> Iterator[Task]:
-    """What the claim rests on, then what each part is worth; a rehearsal compiles nothing."""
+def _whole(model: str, images: int, small: bool) -> Task:
+    """What the claim rests on; a rehearsal compiles nothing."""
+    arms = ("published*", "stopfast", *(() if small else ("compile*", "apex*")))
+    return _step("step", model, images, arms)
+
+
+def _parts(model: str, images: int, small: bool) -> Task:
+    """What each part is worth."""
+    arms = ("stopfast without *skip*",) if small else ("stopfast with*",)
+    return _step("parts", model, images, arms)
+
+
+def _step(name: str, model: str, images: int, arms: tuple[str, ...]) -> Task:
     problem = ("step", "--model", model, "--images", str(images))
-    whole = ("published*", "stopfast", *(() if small else ("compile*", "apex*")))
-    parts = "stopfast without *skip*" if small else "stopfast with*"
     least = 45 if model == "vit-b16" else 20 if model == "toy" else 60
-    yield Task(f"step-{model}-{images}", (*problem, "--arm", *whole), least)
-    yield Task(f"parts-{model}-{images}", (*problem, "--arm", parts), least)
+    return Task(f"{name}-{model}-{images}", (*problem, "--arm", *arms), least)
 
 
 def run(options: GpuOptions) -> int:

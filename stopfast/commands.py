@@ -164,7 +164,10 @@ def run_pretrain(arguments: Sequence[str]) -> int:
         )
     config = tyro.cli(Config, default=begin, prog=f"stopfast pretrain {first}", args=rest)
     if config.step.fast:
-        config = fastest(config, choose_device(config.run.device))
+        # It changes what the flags begin from, so that each switch can still be set on its own.
+        step = replace(begin.step, precision=config.step.precision)
+        begin = fastest(replace(begin, step=step), choose_device(config.run.device))
+        config = tyro.cli(Config, default=begin, prog=f"stopfast pretrain {first}", args=rest)
     if config.run.dry_run:
         console.print_json(json.dumps(to_document(config)))
         return 0

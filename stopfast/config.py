@@ -216,8 +216,8 @@ class StepConfig:
     """How one optimiser step is computed."""
 
     fast: bool = False
-    """Turn on all that makes a step faster on its device and leaves its numbers the same; see
-    ``stopfast.build.fastest``."""
+    """Turn on all that is expected to make a step faster on its device and leaves its numbers the same,
+    but for what other flags say; see ``stopfast.build.fastest``."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     accumulate: int = 1
     """Micro-batches of one step; with ``truncate_over="global"`` they equal the big batch."""

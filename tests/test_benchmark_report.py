@@ -211,7 +211,8 @@ def test_script_goes_on_behind_rows(tmp_path, monkeypatch):
 def test_script_orders_and_resumes(tmp_path):
     """Ceilings, then ViT-B/16 at 64; results of the same commit are taken over, others not."""
     names = [task.name for task in gpu.tasks(gpu.GpuOptions(output=tmp_path, device="cpu"))]
-    assert names[:3] == ["ceilings", "step-vit-b16-4", "parts-vit-b16-4"]
+    assert names[:3] == ["ceilings", "step-vit-b16-4", "step-vit-l16-4"]
+    assert names.index("parts-vit-b16-4") > names.index("step-vit-h14-4")
     wanted = tmp_path / "new" / "gpu" / "2026-05-05-abcdef0.json"
     for commit in ("abcdef0", "1234567"):
         write(tmp_path / "old" / "gpu" / f"2026-05-04-{commit}.json", [(step(commit), [1.0])])

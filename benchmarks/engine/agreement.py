@@ -24,4 +24,5 @@ def relative_error(value: torch.Tensor | None, expected: torch.Tensor | None) ->
         return 0.0 if present is None or not present.any() else float("inf")
     expected = expected.detach().double()
     difference = (value.detach().double() - expected).norm().item()
-    return difference / expected.norm().item() if difference else 0.0
+    size = expected.norm().item()
+    return (difference / size if size else float("inf")) if difference else 0.0

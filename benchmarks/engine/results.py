@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.engine.provenance import HERE
+from benchmarks.engine.refusals import Disagreement, NotTimed
 
 Row = dict[str, Any]
 Document = dict[str, Any]
@@ -66,8 +67,11 @@ class Results:
         self._put("not_timed", {"extra_info": stamped})
 
     def has(self, key: str) -> bool:
-        """Whether there is a row of a measurement, timed or not."""
-        return any(info["key"] == key for info in self._infos())
+        """Whether there is a row of a measurement, timed or not; what went wrong is to be taken again."""
+        wrong = {kind.outcome for kind in (NotTimed, Disagreement)}
+        return any(
+            info["key"] == key and info.get("outcome") not in wrong for info in self._infos()
+        )
 
     def rows(self, **equal: object) -> list[Row]:
         """Return the benchmarks whose ``extra_info`` has these values: ``rows(kind="step")``."""

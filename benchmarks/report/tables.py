@@ -200,13 +200,22 @@ def projection(folder: Path = FOLDER) -> Table:
 
 def _reasons(measured: list[Measured]) -> list[str]:
     """Why rows have no time, and which arms are no rows."""
-    absent = [f"{one.arm} ({one.info['reason']})" for one in measured if one.outcome == _ABSENT]
+    absent: dict[str, dict[str, None]] = {}
+    for one in measured:
+        if one.outcome == _ABSENT:
+            absent.setdefault(str(one.info["reason"]), {})[one.arm] = None
+    told = [f"{', '.join(arms)} ({reason})" for reason, arms in absent.items()]
     notes = [
         f"{one.arm}, {one.group}: {one.info['reason']}."
         for one in measured
         if one.outcome not in (None, _ABSENT)
     ]
-    return [*notes, *([f"Not there: {'; '.join(dict.fromkeys(absent))}."] if absent else [])]
+    notes += [
+        f"{one.arm}, {one.group}: something was compiled or captured while it was timed."
+        for one in measured
+        if one.info.get("settled") is False
+    ]
+    return [*notes, *([f"Not there: {'; '.join(told)}."] if told else [])]
 
 
 def _least_and_most(measured: list[Measured], device: str, operation: str) -> str:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from benchmarks.engine.agreement import relative_error
 from benchmarks.engine.refusals import Disagreement
 from benchmarks.step.arms.protocol import StepArm
 from benchmarks.step.arms.published import Published
@@ -123,7 +124,7 @@ def errors(got: Record, expected: Record, workload: Workload) -> Errors:
     return Errors(
         loss.item(),
         {
-            name: _relative(got.moments[name].to(device), value.to(device))
+            name: relative_error(got.moments[name].to(device), value.to(device))
             for name, value in expected.moments.items()
         },
         {
@@ -174,11 +175,6 @@ def _pairs(found: Errors, own: Errors | None) -> Iterable[tuple[str, str, float,
         yield "moment", f"moment of {name}", value, own.moments[name] if own else 0.0
     for part, value in found.travel.items():
         yield "travel", f"weights of the {part}", value, own.travel[part] if own else 0.0
-
-
-def _relative(value: Tensor, expected: Tensor) -> float:
-    difference = (value.double() - expected.double()).norm()
-    return (difference / expected.double().norm()).item()
 
 
 def _host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

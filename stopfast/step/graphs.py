@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from stopfast.flat_adamw import FlatAdamW
 
 LIMIT = 32
-"""Shapes that get a graph. Lengths in multiples of 8 have 8 to 11 joint ones on the published grids, and a
+"""Shapes that get a graph. Lengths in multiples of 8 have 8 to 13 joint ones on the published grids, and a
 graph of some thousand kernels holds tens of megabytes."""
 
 Work = Callable[[Any], tuple[Tensor, Sequence[Tensor]]]

@@ -162,6 +162,7 @@ WITH: dict[str, Change] = {
     "compiled blocks": switched(compile=True),
     "own update": with_own_update,
     "copies": with_copies,
+    "fused operations": on_gpu(switched(ops="fused")),
 }
 """What can be turned on where the device's own choice leaves it off, as on a CPU."""
 
