@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import torch
 
 from benchmarks.engine.clock import round_clock
 from benchmarks.engine.options import Cell, Options, chosen
@@ -27,6 +28,11 @@ _FLAGS: dict[str, dict[str, Any]] = {
     "commit": {},
     "again": {"action": "store_true", "default": None},
 }
+
+
+def pytest_configure() -> None:
+    """No TF32: fp32 is what is compared with, and in bf16 nothing is left to be gained by it."""
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -86,22 +86,33 @@ def _automatic(name: str, first: object, *others: object, **named: object) -> An
     """Call the operation that is chosen for the device of its first argument."""
     tensor = first[0] if isinstance(first, tuple) else first
     assert isinstance(tensor, Tensor)
-    return getattr(ops_on(AUTO, tensor.device), name)(first, *others, **named)
+    if not _is_gpu(tensor.device):
+        operation = getattr(EAGER, name)
+    elif name == "attention":
+        operation = attention_backend("auto")
+    else:
+        operation = getattr(FUSED if name in _fused_on(tensor.device.index) else EAGER, name)
+    return operation(first, *others, **named)
+
+
+def _is_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+# The first two are on, measured or not, for their memory; nobody calls the third but by its name.
+_ON = ("predictor_tokens", "target_smooth_l1", "adamw_ema")
 
 
 @torch.compiler.assume_constant_result
-def _for_gpu(index: int | None) -> Ops:
+def _fused_on(index: int | None) -> tuple[str, ...]:
+    """Names: functions that come out of a constant cannot be called in compiled code."""
     table = measured(torch.cuda.get_device_name(index))
-    fast = {name: getattr(FUSED, name) for name in Ops._fields if table.get(name) is True}
-    return EAGER._replace(
-        **fast,
-        name="auto",
-        # The first two are on, measured or not, for their memory; nobody calls the third but by its name.
-        predictor_tokens=FUSED.predictor_tokens,
-        target_smooth_l1=FUSED.target_smooth_l1,
-        adamw_ema=FUSED.adamw_ema,
-        attention=attention_backend("auto"),
-    )
+    return tuple(name for name in Ops._fields if name in _ON or table.get(name) is True)
+
+
+def _for_gpu(index: int | None) -> Ops:
+    fused = {name: getattr(FUSED, name) for name in _fused_on(index)}
+    return EAGER._replace(**fused, name="auto", attention=attention_backend("auto"))
 
 
 AUTO = Ops("auto", *(partial(_automatic, name) for name in Ops._fields[1:]))
@@ -112,7 +123,7 @@ def ops_on(ops: Ops, device: torch.device) -> Ops:
     """The operations that ``ops`` calls for tensors on a device: itself, or what AUTO chooses."""
     if ops.name != AUTO.name:
         return ops
-    chosen = EAGER if device.type != "cuda" else _for_gpu(device.index)
+    chosen = _for_gpu(device.index) if _is_gpu(device) else EAGER
     return chosen if ops.attention is AUTO.attention else chosen._replace(attention=ops.attention)
 
 

@@ -75,7 +75,7 @@ def test_table_of_steps(tmp_path):
     """Losing arms and those without memory are rows; ratios are to the published and the strongest."""
     found = [("published", [30.0]), ("compile", [10.0]), ("stopfast", [5.0]), ("lean", [15.0])]
     rows = [(step(arm), ms) for arm, ms in [*found, ("apex", "out of memory"), ("x", "not here")]]
-    write(tmp_path / "gpu" / "2026-01-01-abcdef0.json", rows, peak_bytes=2**30)
+    write(tmp_path / "gpu" / "2026-01-01-abcdef0.json", rows, peak_reserved_bytes=2**30)
     made = listed("step", tmp_path)
     cells = [dict(zip(made.headings, line, strict=True)) for line in made.rows]
     assert [c["arm"] for c in cells] == ["published", "compile", "stopfast", "lean", "apex"]

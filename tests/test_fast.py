@@ -10,6 +10,8 @@ from benchmarks.step.arms.ours import WITHOUT
 from stopfast import commands
 from stopfast.build import fastest
 from stopfast.cli import main
+from stopfast.encoder import VisionTransformer
+from stopfast.kernels import ops as kernel_ops
 from stopfast.presets import PRESETS
 
 GPU = torch.device("cuda", 0)
@@ -47,6 +49,19 @@ def test_flags_go_before_fast(flags, other, monkeypatch, capsys):
 def test_fast_on_a_cpu_leaves_the_rest_alone():
     fast = fastest(CONFIG, torch.device("cpu"))
     assert fast == replace(CONFIG, step=replace(CONFIG.step, fast=True))
+
+
+def test_compiled_blocks_call_what_a_gpu_is_given(monkeypatch):
+    """As on a GPU that nobody has measured: the choice is made while a block is traced."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=None: "unmeasured")
+    monkeypatch.setattr(kernel_ops, "_is_gpu", lambda device: True)
+    torch.manual_seed(0)
+    encoder = VisionTransformer(img_size=(8,), patch_size=4, embed_dim=8, depth=1, num_heads=2)
+    images = torch.randn(2, 3, 8, 8)
+    expected = encoder(images)
+    block = encoder.blocks[0]
+    block._forward = torch.compile(block._forward, backend="eager", fullgraph=True)
+    torch.testing.assert_close(encoder(images), expected)
 
 
 @pytest.mark.parametrize("name", WITHOUT)

@@ -160,7 +160,9 @@ class Arena:
             return several
         graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.current_stream(self.device)
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+        with torch.cuda.graph(
+            graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
+        ):
             several()
         return graph.replay
 

@@ -1,13 +1,12 @@
 """What a skilled user builds of existing parts: compiled blocks, fused attention, buckets, CUDA graphs."""
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import sdpa_kernel
 
 from benchmarks.step.arms.attention_choice import fastest_attention
 from benchmarks.step.arms.program import Networks, Program
@@ -43,8 +42,12 @@ class Compiled(Program):
 
     def step(self, number: int, noise: list[Tensor] | None = None) -> Tensor:
         """Take one optimiser step."""
-        with sdpa_kernel(self._choice.backend) if self._choice else nullcontext():
+        with self._attention():
             return super().step(number, noise)
+
+    def _attention(self) -> AbstractContextManager[object]:
+        """Where the chosen kernels are used; also while something is compiled, which keeps them."""
+        return self._choice.allowed() if self._choice else nullcontext()
 
     def counts(self) -> dict[str, int]:
         """Graphs that torch.compile has made since."""

@@ -58,7 +58,8 @@ class Captured(Bucketed):
     def _begin_state(self) -> None:
         """Make the state of what has gradients, which AdamW would make inside the first graph."""
         self._images.copy_(self.workload.pixels)
-        self._forward(self._masks(self.workload.masks_of(1)), None).backward()
+        with self._attention():
+            self._forward(self._masks(self.workload.masks_of(1)), None).backward()
         self._decayed: list[Tensor] = []
         for group in self.optimizer.param_groups:
             trained = [parameter for parameter in group["params"] if parameter.grad is not None]
@@ -84,6 +85,8 @@ class Captured(Bucketed):
         noise = None if noise is None else self._padded_noise(masks, noise)
         key = masks.context[0].shape[1], masks.target[0].shape[1], noise is not None
         if key not in self._graphs:
+            # Given noise is the gate's: its graphs and their memory are not the arm's.
+            self._graphs = {k: graph for k, graph in self._graphs.items() if k[2] == key[2]}
             self._graphs[key] = self._capture(masks, noise)
         captured = self._graphs[key]
         pairs = [(self._images, self.workload.pixels)]
@@ -130,7 +133,9 @@ class Captured(Bucketed):
             warm_up()
         torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        with torch.cuda.graph(
+            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        ):
             work()
         return graph.replay
 
