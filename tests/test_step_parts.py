@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stopfast import step as step_module
 from stopfast.block import Block
 from stopfast.config import StepConfig
 from stopfast.kernels.ops import EAGER, FUSED, Ops
 from stopfast.masking import Masks
 from stopfast.objectives.jepa import Jepa
 from stopfast.step import TrainStep
+from stopfast.step import train_step as step_module
 from stopfast.step.draws import StepDraws
 from tests.test_compute_copies import assert_equal
 from tests.test_objective import build, images, weights
