@@ -57,7 +57,12 @@ def run(file: str, options: Options) -> int:
         # pytest-benchmark makes this folder, by default where one stands.
         *("--benchmark-storage", f"file://{storage}"),
     ]
-    status = pytest.main([str(HERE / file), *arguments], plugins=[_HandOver(options)])
+    threads, tf32 = torch.get_num_threads(), torch.backends.cudnn.allow_tf32
+    try:
+        status = pytest.main([str(HERE / file), *arguments], plugins=[_HandOver(options)])
+    finally:  # what a measurement is taken under is nobody else's
+        torch.set_num_threads(threads)
+        torch.backends.cudnn.allow_tf32 = tf32
     if status == pytest.ExitCode.NO_TESTS_COLLECTED:
         told = {name: getattr(options, name) for name in ("model", "images", "arm")}
         raise ValueError(f"expected something to time in {file}, got nothing for {told}")
