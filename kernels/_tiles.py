@@ -18,6 +18,14 @@ Tiles = dict[str, int]
 _WARPS, _STAGES = (1, 2, 4, 8, 16, 32), (1, 2, 3, 4, 5)
 _ROWS = (16, 32, 64, 128)  # of a matrix product; the smallest is Triton's
 _LINES = (1, 2, 4, 8, 16, 32)  # of a pass over rows
+_TOKENS = {
+    "ROWS": _ROWS,
+    "DEPTH": (16, 32, 64),
+    "COLUMNS": (64, 128, 256),
+    "TILES": (1, 2, 3, 4),
+    "num_warps": _WARPS[2:5],
+    "num_stages": _STAGES[:4],
+}
 CHOICES: dict[str, dict[str, tuple[int, ...]]] = {
     "attention_forward": {"ROWS": _ROWS, "num_warps": _WARPS[:4]},
     "attention_backward": {"ROWS": _ROWS, "num_warps": _WARPS[1:5], "num_stages": _STAGES[:3]},
@@ -41,22 +49,8 @@ CHOICES: dict[str, dict[str, tuple[int, ...]]] = {
         "num_warps": _WARPS[1:5],
         "programs": (256, 512, 1024, 2048),
     },
-    "predictor_tokens_context": {
-        "ROWS": _ROWS,
-        "DEPTH": (16, 32, 64),
-        "COLUMNS": (64, 128, 256),
-        "TILES": (1, 2, 3, 4),
-        "num_warps": _WARPS[2:5],
-        "num_stages": _STAGES[:4],
-    },
-    "predictor_tokens_queries": {
-        "ROWS": _ROWS,
-        "DEPTH": (16, 32, 64),
-        "COLUMNS": (64, 128, 256),
-        "TILES": (1, 2, 3, 4),
-        "num_warps": _WARPS[2:5],
-        "num_stages": _STAGES[:4],
-    },
+    "predictor_tokens_context": _TOKENS,
+    "predictor_tokens_queries": _TOKENS,
     "predictor_tokens_noise_weight": {
         "ROWS": _ROWS[:3],
         "DEPTH": (16, 32, 64),
