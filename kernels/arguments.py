@@ -1,6 +1,6 @@
 """Arguments of the operations that belong together, and the constants of their contracts."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,3 +91,86 @@ def check_draws(seed: Tensor, blocks: int, copies: int, tokens: int) -> None:
             f"positional_noise: expected at most {_MOST_BLOCKS} blocks, {_MOST_COPIES} copies and "
             f"{_MOST_TOKENS} tokens, got {blocks}, {copies} and {tokens}"
         )
+
+
+class Smoothing(NamedTuple):
+    """How the label of a position is smoothed; see ``reference_losses.position_map``."""
+
+    grid: tuple[int, int]
+    """Rows and columns that distances are measured on: label i lies at (i // columns, i % columns)."""
+    norm: Literal["row", "column"] = "column"
+    ignore_confident: bool = False
+
+
+class PatchTarget(NamedTuple):
+    """What becomes of the pixels of a patch before they are predicted; see ``patch_mse``."""
+
+    patch_size: int
+    norm: Literal["none", "patch", "channel"]
+    eps: tuple[float, ...] = ()
+    """One for "patch", one for each channel for "channel", none for "none"."""
+
+
+def check_positions(
+    logits: Tensor, index: Tensor, weight: Tensor, sigma: Tensor, smoothing: Smoothing
+) -> None:
+    """Refuse what ``position_cross_entropy`` cannot take.
+
+    Raises:
+        ValueError: shapes that do not fit each other, a grid of fewer positions than there are logits
+            for, or an unknown norm.
+    """
+    rows, columns = smoothing.grid
+    shapes = [tuple(t.shape) for t in (index, weight, sigma)]
+    if logits.ndim != 3 or shapes != [tuple(logits.shape[:2])] * 2 + [()]:
+        raise ValueError(
+            "position_cross_entropy: expected logits (B, V, L), index and weight (B, V) and sigma (), "
+            f"got {tuple(logits.shape)}, {shapes[0]}, {shapes[1]} and {shapes[2]}"
+        )
+    if not 0 < logits.shape[2] <= rows * columns:
+        raise ValueError(
+            f"position_cross_entropy: expected logits for 1 to {rows} x {columns} positions, got "
+            f"{logits.shape[2]}"
+        )
+    if smoothing.norm not in ("row", "column"):
+        raise ValueError(
+            f"position_cross_entropy: expected norm 'row' or 'column', got {smoothing.norm!r}"
+        )
+
+
+def check_patches(
+    prediction: Tensor, images: Tensor, index: Tensor | None, target: PatchTarget
+) -> None:
+    """Refuse what ``patch_mse`` cannot take.
+
+    Raises:
+        ValueError: images that are not whole patches, shapes that do not fit them, an unknown norm, or
+            one without its eps or over a single value.
+    """
+    if images.ndim != 4 or any(side % target.patch_size for side in images.shape[2:]):
+        raise ValueError(
+            f"patch_mse: expected images (B, C, H, W) of whole patches of {target.patch_size}, got "
+            f"{tuple(images.shape)}"
+        )
+    batch, channels, height, width = images.shape
+    pixels = target.patch_size**2
+    every = height * width // pixels
+    rows = (batch, every) if index is None else tuple(index.shape)
+    if len(rows) != 2 or rows[0] != batch:
+        raise ValueError(f"patch_mse: expected index ({batch}, K), got {rows}")
+    if tuple(prediction.shape) != (*rows, pixels * channels):
+        raise ValueError(
+            f"patch_mse: expected prediction {(*rows, pixels * channels)}, got "
+            f"{tuple(prediction.shape)}"
+        )
+    wanted = {"none": 0, "patch": 1, "channel": channels}.get(target.norm)
+    if wanted is None:
+        raise ValueError(
+            f"patch_mse: expected norm 'none', 'patch' or 'channel', got {target.norm!r}"
+        )
+    if len(target.eps) != wanted:
+        raise ValueError(
+            f"patch_mse: expected {wanted} eps for norm {target.norm!r}, got {target.eps}"
+        )
+    if target.norm != "none" and pixels * (channels if target.norm == "patch" else 1) < 2:
+        raise ValueError(f"patch_mse: expected at least 2 values for norm {target.norm!r}, got 1")

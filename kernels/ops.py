@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from stopfast.kernels import reference
+from stopfast.kernels import reference, reference_losses
 from stopfast.kernels._measured import measured
 from stopfast.kernels.arguments import (
     FAILURES_PER_TARGET,
@@ -15,13 +15,17 @@ from stopfast.kernels.arguments import (
     AdamWBuffers,
     MaskSettings,
     Noise,
+    PatchTarget,
     Places,
+    Smoothing,
 )
 from stopfast.kernels.noise import uniform
+from stopfast.kernels.reference_losses import position_map
 
 __all__ = [
     "AUTO", "EAGER", "FAILURES_PER_TARGET", "FUSED", "MASK_STREAM", "AdamWBuffers", "MaskSettings",
-    "Noise", "Ops", "Places", "ops_on", "resolve_ops", "uniform",
+    "Noise", "Ops", "PatchTarget", "Places", "Smoothing", "ops_on", "position_map", "resolve_ops",
+    "uniform",
 ]  # fmt: skip
 
 
@@ -36,6 +40,8 @@ class Ops(NamedTuple):
     target_smooth_l1: Callable[..., Tensor]
     adamw_ema: Callable[..., None]
     multiblock_masks: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    position_cross_entropy: Callable[..., Tensor]
+    patch_mse: Callable[..., Tensor]
 
 
 EAGER = Ops(
@@ -47,6 +53,8 @@ EAGER = Ops(
     target_smooth_l1=reference.target_smooth_l1,
     adamw_ema=reference.adamw_ema,
     multiblock_masks=reference.multiblock_masks,
+    position_cross_entropy=reference_losses.position_cross_entropy,
+    patch_mse=reference_losses.patch_mse,
 )
 
 

@@ -27,6 +27,7 @@ KERNEL_IMPORTS = {
     "arguments": ("torch",),
     "noise": ("torch", f"{KERNELS}.arguments"),
     "reference": ("torch", f"{KERNELS}.arguments", f"{KERNELS}.noise"),
+    "reference_losses": ("torch", f"{KERNELS}.arguments"),
     "cases": ("torch", f"{KERNELS}.arguments"),
     "ops": ("torch", *ANY_SIBLING),
     "attention_backends": ("torch", "xformers", *ANY_SIBLING),
