@@ -18,7 +18,7 @@ from torch import Tensor
 from stopfast.config import Config, to_document
 
 STEPS, LOOKS, LINES = "log.csv", "monitors.csv", "log.jsonl"
-_LOOKED_AT = ("step", "feature_std", "rankme", "target_variance", "knn")
+LOOKED_AT = ("step", "feature_std", "rankme", "target_variance", "knn")
 
 
 class Sink(Protocol):
@@ -45,10 +45,17 @@ class Journal:
         done: steps that the checkpoint has done; rows of later ones are removed, since they come again.
             Without any, the record of an attempt that left no checkpoint is removed.
         sinks: where else the rows go.
+        looked_at: columns of ``monitors.csv``, ``step`` first.
     """
 
-    def __init__(self, folder: Path, done: int, sinks: Sequence[Sink] = ()) -> None:
-        self.folder, self.sinks = folder, list(sinks)
+    def __init__(
+        self,
+        folder: Path,
+        done: int,
+        sinks: Sequence[Sink] = (),
+        looked_at: Sequence[str] = LOOKED_AT,
+    ) -> None:
+        self.folder, self.sinks, self.looked_at = folder, list(sinks), looked_at
         self._held: list[tuple[dict[str, Any], Tensor]] = []
         if not done:
             for name in (STEPS, LOOKS, LINES):
@@ -80,7 +87,7 @@ class Journal:
 
     def look(self, row: Mapping[str, float]) -> None:
         """Write what the monitors saw, ``step`` first."""
-        self._write(LOOKS, _LOOKED_AT, [row])
+        self._write(LOOKS, self.looked_at, [row])
 
     def close(self) -> None:
         """Write what is held, and close the sinks."""

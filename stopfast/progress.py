@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
@@ -118,6 +119,14 @@ def progress_bar(console: Console) -> Progress:
         disable=not console.is_terminal,
         transient=True,
     )
+
+
+class Stopped(Exception):
+    """A signal ended a run early, which saved what was done: resuming goes on."""
+
+    def __init__(self, signal: signal.Signals, checkpoint: Path) -> None:
+        super().__init__(f"stopped by {signal.name}; checkpoint: {checkpoint}")
+        self.signal, self.checkpoint = signal, checkpoint
 
 
 class StopRequest:

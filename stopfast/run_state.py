@@ -2,11 +2,13 @@
 
 import platform
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from stopfast import __version__
 from stopfast.checkpoint import (
@@ -23,7 +25,10 @@ from stopfast.config import Config, to_document
 from stopfast.objectives import Objective
 from stopfast.step import TrainStep
 
-_FREE = {
+Free = Mapping[str, Sequence[str]]
+"""By section, the settings that may differ between a checkpoint and the run that goes on from it."""
+
+_FREE: Free = {
     "run": (
         "output",
         "resume",
@@ -77,7 +82,38 @@ def save_run(
 ) -> Path:
     """Write ``output/step-<done>``: weights, optimiser, settings, data and versions; return its path.
 
+    Raises:
+        FloatingPointError: as :func:`save_step`.
+    """
+    weights = {
+        f"{name}.{key}": value
+        for name, module in objective.modules().items()
+        for key, value in module.state_dict().items()
+    }
+    documents = {"config": to_document(config), "data": data._asdict()}
+    return save_step(output, done, weights, step.state_dict(), documents, step.device)
+
+
+def save_step(
+    output: Path,
+    done: int,
+    weights: Mapping[str, Tensor],
+    optimizer: Mapping[str, Any],
+    documents: Mapping[str, Any],
+    device: torch.device,
+) -> Path:
+    """Write ``output/step-<done>`` of a run of any kind; return its path.
+
     The newest two checkpoints of the run are kept, the others removed. One that is there is left as it is.
+
+    Args:
+        output: the run's folder.
+        done: steps that the weights have taken.
+        weights: by name.
+        optimizer: nested state of whatever updates the weights.
+        documents: what else :func:`stopfast.checkpoint.load_checkpoint` is to return; ``state`` and
+            ``versions`` are added.
+        device: where the run computes.
 
     Raises:
         FloatingPointError: weights that are not finite, which nothing could go on from.
@@ -85,30 +121,24 @@ def save_run(
     path = output / f"step-{done:07d}"
     if path.exists():
         return path
-    weights = {
-        f"{name}.{key}": value
-        for name, module in objective.modules().items()
-        for key, value in module.state_dict().items()
-    }
     spoilt = [name for name, value in weights.items() if not torch.isfinite(value).all()]
     if spoilt:
         raise FloatingPointError(
             f"step {done}: {len(spoilt)} weights are not finite, {spoilt[0]} first"
         )
-    tensors, rest = flatten_state(step.state_dict())
+    tensors, rest = flatten_state(optimizer)
     save_checkpoint(
         path,
         {"model": weights, "optimizer": tensors},
         {
-            "config": to_document(config),
-            "data": data._asdict(),
+            **documents,
             "state": {"step": done, "optimizer": rest},
             "versions": {
                 "stopfast": __version__,
                 "torch": torch.__version__,
                 "numpy": np.__version__,
                 "python": platform.python_version(),
-                "device": _device_name(step.device),
+                "device": _device_name(device),
             },
         },
     )
@@ -127,7 +157,7 @@ def load_run(
     """
     path = newest_checkpoint(output)
     tensors, documents = load_checkpoint(path)
-    different = _differences(documents["config"], to_document(config))
+    different = different_settings(documents["config"], to_document(config))
     if different:
         raise CheckpointError(
             f"{path}: expected the settings that it was made with, got other {', '.join(different)}"
@@ -149,15 +179,17 @@ def load_run(
     return path, documents["state"]["step"]
 
 
-def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """The settings that differ, with both values, but for those that may."""
+def different_settings(
+    saved: Mapping[str, Any], wanted: Mapping[str, Any], free: Free = _FREE
+) -> list[str]:
+    """Return the settings that differ, with both values, but for those that may."""
     different = []
     for section, values in wanted.items():
         before = saved.get(section)
         if not isinstance(values, dict) or not isinstance(before, dict):
             different += [f"{section}: {values} instead of {before}"] if before != values else []
             continue
-        names = sorted((values.keys() | before.keys()) - set(_FREE.get(section, ())))
+        names = sorted((values.keys() | before.keys()) - set(free.get(section, ())))
         different += [
             f"{section}.{name}: {values.get(name)} instead of {before.get(name)}"
             for name in names

@@ -2,13 +2,10 @@
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from signal import Signals
 
-from filelock import FileLock, Timeout
 from rich.console import Console
 
 from stopfast.build import build_objective, build_step, check_settings, choose_device
@@ -21,17 +18,17 @@ from stopfast.data.scan import usable_images
 from stopfast.journal import STEPS, Journal, open_sinks, require_sinks
 from stopfast.monitors import Monitors
 from stopfast.objectives.jepa import Jepa
-from stopfast.progress import Meter, StopRequest, memory_in_use, progress_bar, stop_request
+from stopfast.progress import (
+    Meter,
+    Stopped,
+    StopRequest,
+    memory_in_use,
+    progress_bar,
+    stop_request,
+)
+from stopfast.run_folder import alone
 from stopfast.run_state import DataState, load_run, save_run
 from stopfast.step import StepResult, TrainStep
-
-
-class Stopped(Exception):
-    """A signal ended a run early, which saved what was done: ``--run.resume`` goes on."""
-
-    def __init__(self, signal: Signals, checkpoint: Path) -> None:
-        super().__init__(f"stopped by {signal.name}; checkpoint: {checkpoint}")
-        self.signal, self.checkpoint = signal, checkpoint
 
 
 @dataclass(kw_only=True)
@@ -76,7 +73,7 @@ def pretrain(config: Config, console: Console) -> Path:
         FloatingPointError: loss or weights are no longer finite; the last checkpoint stays.
     """
     run = _begin(config, console)
-    with _alone(run.output):
+    with alone(run.output):
         if step_checkpoints(run.output):
             path, run.done = load_run(run.output, run.config, run.objective, run.step, run.data)
             if run.done >= run.last_step:
@@ -154,31 +151,6 @@ def training_images(config: Config) -> Images:
     if root is None:
         raise ValueError("expected a folder of images, got no data.root")
     return open_images(split_folder(root, "train"))
-
-
-@contextmanager
-def _alone(output: Path) -> Iterator[None]:
-    """Hold the run's folder; one that was made for nothing is taken away again.
-
-    Raises:
-        ValueError: another process trains there.
-    """
-    output.mkdir(parents=True, exist_ok=True)
-    path = output / ".lock"
-    lock = FileLock(path, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise ValueError(
-            f"expected a folder of this run's own, got {output}, where another process trains"
-        ) from None
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        lock.release()
-        if not any(output.iterdir()):
-            output.rmdir()
 
 
 def _train(run: _Run, monitors: Monitors, journal: Journal, request: StopRequest) -> Path:

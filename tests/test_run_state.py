@@ -6,7 +6,7 @@ import pytest
 
 from stopfast.config import to_document
 from stopfast.presets import demo
-from stopfast.run_state import _FREE, _differences
+from stopfast.run_state import _FREE, different_settings
 
 CONFIG = demo()
 NAMES = [
@@ -32,12 +32,12 @@ def test_change(section, name):
     other = {**saved, section: {**saved[section], name: "another"}}
     free = name in MAY_CHANGE.get(section, ())
     told = f"{section}.{name}: another instead of {saved[section][name]}"
-    assert _differences(saved, other) == ([] if free else [told])
+    assert different_settings(saved, other) == ([] if free else [told])
     assert free == (name in _FREE.get(section, ()))
 
 
 def test_preset_and_nothing():
     saved = to_document(CONFIG)
-    assert _differences(saved, to_document(demo())) == []
+    assert different_settings(saved, to_document(demo())) == []
     other = to_document(replace(CONFIG, preset="other"))
-    assert _differences(saved, other) == ["preset: other instead of demo"]
+    assert different_settings(saved, other) == ["preset: other instead of demo"]

@@ -75,7 +75,7 @@ def cut(image: Image.Image, draws: Draws, index: int, size: tuple[int, int]) -> 
     """
     (top, left), (height, width) = draws.top_left[index].tolist(), draws.size[index].tolist()
     try:
-        image = _rgb(image.crop((left, top, left + width, top + height)))
+        image = to_rgb(image.crop((left, top, left + width, top + height)))
     except Exception as error:
         raise ValueError(f"{type(error).__name__}: {error}") from None
     image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
@@ -88,8 +88,8 @@ def cut(image: Image.Image, draws: Draws, index: int, size: tuple[int, int]) -> 
     return np.asarray(image)
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    """Return RGB: transparency is dropped, 16 bits are scaled to 8."""
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return an image as RGB: transparency is dropped, 16 bits are scaled to 8."""
     if image.mode.startswith("I"):  # 16-bit grayscale, which PIL would cut off at 255
         wide = np.asarray(image).astype(np.uint32)
         return Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
