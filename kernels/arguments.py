@@ -9,6 +9,8 @@ MASK_STREAM = 255
 """Which of the streams of :func:`stopfast.kernels.noise.words` places the masks."""
 FAILURES_PER_TARGET = 20
 """Contexts that may be too small before one more target stops to constrain them (published)."""
+SMALLEST_SPREAD = 1e-30
+"""What sigma**2 of smoothed positions is at least: not 0, and far below what still smooths."""
 
 
 class Places(NamedTuple):

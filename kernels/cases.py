@@ -1,16 +1,15 @@
 """One case per operation: its inputs, the work it does, and the shapes it is tested and timed at."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from stopfast.kernels.arguments import AdamWBuffers, MaskSettings, Noise, Places
+from stopfast.kernels import case_arguments
+from stopfast.kernels.case_arguments import Arguments, Shape
 
-Shape = dict[str, Any]
-Arguments = dict[str, Any]
 Make = Callable[[Shape, torch.dtype, torch.device], Arguments]
 
 
@@ -38,161 +37,10 @@ def moved_bytes(arguments: Arguments, results: object) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
 
 
-def _normal(
-    *shape: int, dtype: torch.dtype, device: torch.device, grad: bool = True, scale: float = 1.0
-) -> Tensor:
-    return (torch.randn(*shape, device=device) * scale).to(dtype).requires_grad_(grad)
-
-
-def _lengths(shape: Shape, device: torch.device) -> Tensor | None:
-    if "lengths" not in shape:
-        return None
-    return torch.tensor(shape["lengths"], dtype=torch.int32, device=device)
-
-
-def _index(*shape: int, rows: int, device: torch.device) -> Tensor:
-    """Random positions, with those at both ends among them."""
-    index = torch.randint(rows, shape, device=device)
-    if index.numel() > 1:
-        index.view(-1)[0], index.view(-1)[-1] = 0, rows - 1
-    return index
-
-
-def _predictor_tokens(shape: Shape, dtype: torch.dtype, device: torch.device) -> Arguments:
-    m, e, b = shape["M"], shape["E"], shape["B"]
-    kx, ky, grid = shape["Kx"], shape["Ky"], shape["N"]
-    d, p = shape["D"], shape["P"]
-    like: dict[str, Any] = {"dtype": dtype, "device": device}
-    draws = shape.get("noise")
-    tied, projected = shape.get("tied", True), shape.get("projected", True)
-    weight = _normal(p, d, scale=d**-0.5, **like)
-    own = _normal(p, shape.get("C", d), scale=d**-0.5, **like)
-    noise = None
-    if draws is not None:
-        noise_weight = (weight if tied else own) if projected else None
-        channels = noise_weight.shape[1] if noise_weight is not None else p
-        explicit = shape.get("explicit", False)
-        noise = Noise(
-            seed=torch.tensor([2**40 + 7, 5], device=device),
-            sample_ids=torch.arange(b, device=device) + 3,
-            std=0.25,
-            weight=noise_weight,
-            on_queries=draws in ("masked", "both"),
-            on_context=draws in ("context", "both"),
-            queries=_normal(m, e * b, ky, channels, **like) if explicit else None,
-            context=_normal(e * b, kx, channels, **like) if explicit else None,
-        )
-    return {
-        "x": _normal(e * b, kx, d, **like),
-        "places": Places(
-            _index(e * b, kx, rows=grid, device=device),
-            _index(m, b, ky, rows=grid, device=device),
-            _lengths(shape, device),
-        ),
-        "weight": weight,
-        "bias": _normal(p, **like) if shape.get("bias", True) else None,
-        "pos_embed": _normal(grid, p, grad=shape.get("learned", False), **like),
-        "offset": _normal(p, **like) if shape.get("offset", True) else None,
-        "noise": noise,
-    }
-
-
 def _predictor_tokens_flops(shape: Shape) -> int:
     rows = shape["E"] * shape["B"] * shape["Kx"]
     noisy = shape["M"] * shape["E"] * shape["B"] * shape["Ky"]
     return 2 * shape["P"] * shape["D"] * (rows + noisy * (shape.get("noise") is not None))
-
-
-def _attention(shape: Shape, dtype: torch.dtype, device: torch.device) -> Arguments:
-    b, n, heads, d = shape["B"], shape["N"], shape["H"], shape["d"]
-    rows = shape.get("R")
-    like: dict[str, Any] = {"dtype": dtype, "device": device}
-    return {
-        "packed": _normal(b, n, (3 if rows is None else 2) * heads * d, **like),
-        "num_heads": heads,
-        "scale": d**-0.5,
-        "queries": None if rows is None else _normal(b, rows, heads * d, **like),
-        "lengths": _lengths(shape, device),
-        "context_slots": shape.get("slots", 0),
-    }
-
-
-def _layer_norm(shape: Shape, dtype: torch.dtype, device: torch.device) -> Arguments:
-    rows, width = shape["rows"], shape["C"]
-    like: dict[str, Any] = {"dtype": dtype, "device": device}
-    affine = shape.get("affine", True)
-    return {
-        "x": _normal(*rows, width, **like),
-        "weight": _normal(width, **like) if affine else None,
-        "bias": _normal(width, **like) if affine else None,
-        "eps": 1e-6,
-        "residual": _normal(*rows, width, **like) if shape.get("residual", True) else None,
-    }
-
-
-def _linear_gelu(shape: Shape, dtype: torch.dtype, device: torch.device) -> Arguments:
-    rows, width, hidden = shape["rows"], shape["C"], shape["F"]
-    like: dict[str, Any] = {"dtype": dtype, "device": device}
-    return {
-        "x": _normal(*rows, width, **like),
-        "weight": _normal(hidden, width, scale=width**-0.5, **like),
-        "bias": _normal(hidden, **like) if shape.get("bias", True) else None,
-    }
-
-
-def _target_smooth_l1(shape: Shape, dtype: torch.dtype, device: torch.device) -> Arguments:
-    m, e, b, ky = shape["M"], shape["E"], shape["B"], shape["Ky"]
-    like: dict[str, Any] = {"dtype": dtype, "device": device}
-    return {
-        "prediction": _normal(m * e * b, ky, shape["D"], scale=2.0, **like),
-        "features": _normal(b, shape["T"], shape["D"], grad=False, **like),
-        "index": _index(m, b, ky, rows=shape["T"], device=device),
-        "lengths": _lengths(shape, device),
-    }
-
-
-def _adamw_ema(shape: Shape, dtype: torch.dtype, device: torch.device) -> Arguments:
-    size = shape["numel"]
-    wide: dict[str, Any] = {"dtype": torch.float32, "device": device, "grad": False}
-    if dtype == torch.float64:
-        wide["dtype"] = dtype
-    low = torch.bfloat16 if dtype == torch.float32 else dtype
-    teacher, copies = shape.get("teacher", True), shape.get("copies", True)
-    scalars = [1e-3, 0.04, 0.996, shape.get("step", 3.0), 0.9, 0.999, 1e-8]
-    flag = shape.get("found_inf")
-    return {
-        "buffers": AdamWBuffers(
-            param=_normal(size, **wide),
-            grad=_normal(size, dtype=dtype, device=device, grad=False),
-            exp_avg=_normal(size, scale=0.1, **wide),
-            exp_avg_sq=_normal(size, scale=0.1, **wide).square(),
-            average=_normal(size, **wide) if teacher else None,
-            param_copy=torch.zeros(size, dtype=low, device=device) if copies else None,
-            average_copy=torch.zeros(size, dtype=low, device=device)
-            if copies and teacher
-            else None,
-        ),
-        "scalars": torch.tensor(scalars, dtype=torch.float64, device=device),
-        "found_inf": None if flag is None else torch.tensor(float(flag), device=device),
-        "grad_scale": torch.tensor(1024.0, device=device) if "scale" in shape else None,
-    }
-
-
-def _multiblock_masks(shape: Shape, dtype: torch.dtype, device: torch.device) -> Arguments:
-    return {
-        "seed": torch.tensor([2**40 + 7, shape.get("iteration", 5)], device=device),
-        "sample_ids": torch.arange(shape["B"], device=device),
-        "target_size": shape["target"],
-        "context_size": shape["context"],
-        "settings": MaskSettings(
-            grid=shape["grid"],
-            nenc=shape.get("E", 1),
-            npred=shape.get("M", 4),
-            min_keep=shape.get("min_keep", 10),
-            allow_overlap=shape.get("allow_overlap", False),
-            edge_inclusive=shape.get("edge_inclusive", False),
-        ),
-    }
 
 
 _STOP = {"M": 2, "E": 2, "B": 3, "Kx": 7, "Ky": 5, "N": 16, "D": 24, "P": 20, "noise": "masked"}
@@ -205,7 +53,7 @@ CASES = (
     Case(
         "predictor_tokens",
         "projection, position, Philox noise and its projection, mask token, packing",
-        _predictor_tokens,
+        case_arguments.predictor_tokens,
         _predictor_tokens_flops,
         tested=(
             {**_STOP, "noise": None},
@@ -225,7 +73,7 @@ CASES = (
     Case(
         "attention",
         "softmax attention of the packed projection; backward in one pass",
-        _attention,
+        case_arguments.attention,
         lambda s: 4 * s["B"] * s["H"] * s.get("R", s["N"]) * s["N"] * s["d"],
         tested=(
             {"B": 2, "N": 1, "H": 2, "d": 32},
@@ -249,7 +97,7 @@ CASES = (
     Case(
         "layer_norm",
         "residual sum and LayerNorm",
-        _layer_norm,
+        case_arguments.layer_norm,
         lambda s: 0,
         tested=(
             {"rows": (2, 7), "C": 33},
@@ -267,7 +115,7 @@ CASES = (
     Case(
         "linear_gelu",
         "projection, bias and erf-GELU; backward with the bias's gradient",
-        _linear_gelu,
+        case_arguments.linear_gelu,
         lambda s: 2 * s["rows"][0] * s["rows"][1] * s["C"] * s["F"],
         tested=(
             {"rows": (2, 7), "C": 33, "F": 65},
@@ -284,7 +132,7 @@ CASES = (
     Case(
         "target_smooth_l1",
         "norm and gather of the targets, smooth-L1, mean; its gradient",
-        _target_smooth_l1,
+        case_arguments.target_smooth_l1,
         lambda s: 0,
         tested=(
             {"M": 2, "E": 2, "B": 3, "Ky": 7, "T": 16, "D": 24},
@@ -297,7 +145,7 @@ CASES = (
     Case(
         "adamw_ema",
         "AdamW, the teacher's average, bf16 copies of both",
-        _adamw_ema,
+        case_arguments.adamw_ema,
         lambda s: 0,
         tested=(
             {"numel": 1},
@@ -313,7 +161,7 @@ CASES = (
     Case(
         "multiblock_masks",
         "draw, subtract, redraw and compact the masks of a batch",
-        _multiblock_masks,
+        case_arguments.multiblock_masks,
         lambda s: 0,
         tested=(
             {"B": 5, "grid": (14, 14), "target": (6, 6), "context": (13, 13)},
@@ -327,6 +175,53 @@ CASES = (
         timed={
             "14x14": {"B": 128, "grid": (14, 14), "target": (6, 6), "context": (13, 13)},
             "16x16": {"B": 128, "grid": (16, 16), "target": (7, 6), "context": (15, 15)},
+        },
+    ),
+    Case(
+        "position_cross_entropy",
+        "labels smoothed on the grid, log-softmax, weighted mean; its gradient",
+        case_arguments.position_cross_entropy,
+        lambda s: 0,
+        tested=(
+            {"B": 3, "V": 7, "grid": (4, 4)},
+            {"B": 2, "V": 5, "grid": (3, 7), "norm": "row", "sigma": 1.7},
+            # The published grid is wider than the image's, and its last entries are never used.
+            {"B": 2, "V": 9, "grid": (8, 8), "L": 33, "sigma": 2.0},
+            {"B": 2, "V": 9, "grid": (9, 4), "L": 13, "norm": "row", "confident": True},
+            {"B": 3, "V": 11, "grid": (2, 3), "sigma": 0.8, "confident": True},
+            {"B": 1, "V": 33, "grid": (5, 5), "sigma": 0.0},
+            {"B": 2, "V": 3, "grid": (4, 4), "weighted": False},
+            {"B": 1, "V": 1, "grid": (1, 1)},
+            {"B": 1, "V": 3, "grid": (32, 32), "sigma": 1 / 800},
+            {"B": 0, "V": 7, "grid": (4, 4)},
+        ),
+        timed={
+            "ViT-B/16": {"B": 64, "V": 49, "grid": (14, 14)},
+            "ViT-L/16": {"B": 128, "V": 49, "grid": (14, 14)},
+            "released grid": {"B": 64, "V": 49, "grid": (16, 16), "L": 196},
+            "384 pixels": {"B": 64, "V": 144, "grid": (24, 24)},
+        },
+    ),
+    Case(
+        "patch_mse",
+        "patches of the images and their norm, squared error, mean; its gradient",
+        case_arguments.patch_mse,
+        lambda s: 0,
+        tested=(
+            {"B": 3, "size": (16, 24), "p": 4, "K": 7},
+            {"B": 2, "size": (15, 10), "p": 5, "norm": "channel"},
+            {"B": 2, "size": (14, 28), "p": 7, "norm": "none", "C": 1, "K": 5},
+            {"B": 2, "size": (12, 8), "p": 4, "norm": "channel", "C": 4, "K": 3, "channels_last": True},
+            {"B": 2, "size": (8, 8), "p": 8, "C": 2},
+            {"B": 1, "size": (2, 2), "p": 2, "norm": "channel", "C": 1},
+            {"B": 1, "size": (32, 32), "p": 32},
+            {"B": 0, "size": (16, 24), "p": 4},
+            {"B": 2, "size": (16, 24), "p": 4, "K": 0},
+        ),
+        timed={
+            "MAE ViT-B/16": {"B": 64, "size": (224, 224), "p": 16, "K": 147},
+            "Beyond Masking ViT-B/16": {"B": 128, "size": (224, 224), "p": 16, "norm": "channel"},
+            "MAE ViT-H/14": {"B": 128, "size": (224, 224), "p": 14, "K": 192},
         },
     ),
 )  # fmt: skip

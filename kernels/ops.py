@@ -70,6 +70,8 @@ try:
     from stopfast.kernels.layer_norm import layer_norm
     from stopfast.kernels.linear_gelu import linear_gelu
     from stopfast.kernels.multiblock_masks import multiblock_masks
+    from stopfast.kernels.patch_mse import patch_mse
+    from stopfast.kernels.position_cross_entropy import position_cross_entropy
     from stopfast.kernels.predictor_tokens import predictor_tokens
     from stopfast.kernels.target_smooth_l1 import target_smooth_l1
 except ModuleNotFoundError as error:
@@ -87,6 +89,8 @@ else:
         target_smooth_l1=target_smooth_l1,
         adamw_ema=adamw_ema,
         multiblock_masks=multiblock_masks,
+        position_cross_entropy=position_cross_entropy,
+        patch_mse=patch_mse,
     )
 
 

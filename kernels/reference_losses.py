@@ -7,7 +7,13 @@ patches of an image, C channels, p pixels along a patch.
 import torch
 from torch import Tensor
 
-from stopfast.kernels.arguments import PatchTarget, Smoothing, check_patches, check_positions
+from stopfast.kernels.arguments import (
+    SMALLEST_SPREAD,
+    PatchTarget,
+    Smoothing,
+    check_patches,
+    check_positions,
+)
 
 
 def position_map(smoothing: Smoothing, sigma: Tensor) -> Tensor:
@@ -28,8 +34,7 @@ def position_map(smoothing: Smoothing, sigma: Tensor) -> Tensor:
     place = torch.arange(rows * columns, device=sigma.device)
     down, right = (x[:, None] - x for x in (place // columns, place % columns))
     squared = down.square() + right.square()
-    # Selected and not computed: at sigma 0 the distance of 0 would be 0 / 0.
-    weight = torch.where(squared == 0, 1.0, torch.exp(-squared / sigma.square()))
+    weight = torch.exp(-squared / sigma.square().clamp_min(SMALLEST_SPREAD))
     total = weight.sum(1)
     return weight / (total if smoothing.norm == "column" else total[:, None])
 
@@ -95,6 +100,8 @@ def patch_mse(
     """
     check_patches(prediction, images, index, target)
     dtype = torch.promote_types(torch.float32, prediction.dtype)
+    if not prediction.numel():
+        return prediction.to(dtype).sum()
     size = target.patch_size
     patches = images.detach().to(dtype).unflatten(3, (-1, size)).unflatten(2, (-1, size))
     patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(1, 2)  # [B, N, p * p, C]
@@ -109,4 +116,4 @@ def patch_mse(
         scale = (variance + eps).sqrt() if target.norm == "patch" else variance.sqrt() + eps
         patches = (patches - mean) / scale
     error = prediction.to(dtype) - patches.flatten(2)
-    return error.square().sum() / max(1, error.numel())
+    return error.square().mean()

@@ -28,7 +28,8 @@ KERNEL_IMPORTS = {
     "noise": ("torch", f"{KERNELS}.arguments"),
     "reference": ("torch", f"{KERNELS}.arguments", f"{KERNELS}.noise"),
     "reference_losses": ("torch", f"{KERNELS}.arguments"),
-    "cases": ("torch", f"{KERNELS}.arguments"),
+    "case_arguments": ("torch", f"{KERNELS}.arguments"),
+    "cases": ("torch", f"{KERNELS}.case_arguments"),
     "ops": ("torch", *ANY_SIBLING),
     "attention_backends": ("torch", "xformers", *ANY_SIBLING),
     "helper": ("torch", "triton", "numpy", *ANY_SIBLING),
@@ -240,7 +241,8 @@ SOUND = {
     "kernels/_philox.py": "import triton",
     "kernels/arguments.py": "from torch import Tensor",
     "kernels/noise.py": "import torch",
-    "kernels/cases.py": "from stopfast.kernels.arguments import y",
+    "kernels/cases.py": "from stopfast.kernels.case_arguments import y",
+    "kernels/case_arguments.py": "from stopfast.kernels.arguments import y",
     "kernels/reference.py": "import math\nimport torch.nn.functional as F\n"
     "from stopfast.kernels.noise import words",
     "stopfast/__init__.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n"
