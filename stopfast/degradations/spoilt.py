@@ -91,7 +91,7 @@ class Distorted(Undegraded):
 
     def grid(self, draws: Tensor) -> Tensor:
         """Return the places (x, y) in [-1, 1]^2 that the pixels show, [B, H, W, 2]."""
-        y, x = (torch.linspace(-1, 1, n, device=draws.device) for n in self.size)
+        y, x = (torch.linspace(-1, 1, n, device=draws.device, dtype=draws.dtype) for n in self.size)
         place = torch.stack(torch.meshgrid(x, y, indexing="xy"), 2)
         towards = draws[:, None, None, :2] - place
         distance = torch.linalg.vector_norm(towards, dim=3, keepdim=True)
@@ -101,7 +101,7 @@ class Distorted(Undegraded):
         """Interpolate between the pixels at :meth:`grid`."""
         check_images(images, self.source)
         with torch.autocast(images.device.type, enabled=False):
-            return F.grid_sample(images, self.grid(draws), align_corners=True)
+            return F.grid_sample(images, self.grid(draws.to(images.dtype)), align_corners=True)
 
 
 class Blurred(Undegraded):
