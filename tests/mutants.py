@@ -7,7 +7,6 @@ they must pass on the copy without it.
 
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 # Imported before the fork, so that each copy need not: they are most of a run's time.
 import huggingface_hub  # noqa: F401
@@ -17,20 +16,11 @@ import safetensors  # noqa: F401
 import torch
 import torch.optim.swa_utils  # noqa: F401
 
-from tests.mutation import run_on_copy
+from tests import degradation_mutants
+from tests.mutation import Mutant, run_on_copy
 
-CASES = range(1, 29)
+CASES = (*range(1, 29), *range(41, 50))
 FAILED, PASSED = pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.OK
-
-
-class Mutant(NamedTuple):
-    """A mistake: text of a file, and what it becomes."""
-
-    case: int
-    mistake: str
-    file: str
-    right: str
-    wrong: str
 
 
 MASKING, TABLES = "stopfast/masking.py", "stopfast/mask_tables.py"
@@ -267,6 +257,7 @@ MUTANTS = (
         "weight if own is None else own.weight",
         "weight",
     ),
+    *degradation_mutants.MUTANTS,
 )
 
 

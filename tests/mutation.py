@@ -6,12 +6,23 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("stopfast", "kernels", "tests", "benchmarks", "pyproject.toml")
 
 Mistake = tuple[str, str, str]
 """A file, a text that is in it once, and what that becomes."""
+
+
+class Mutant(NamedTuple):
+    """A mistake: text of a file, and what it becomes."""
+
+    case: int
+    mistake: str
+    file: str
+    right: str
+    wrong: str
 
 
 def run_on_copy(mistake: Mistake | None, test: Callable[[Path], int]) -> int:
