@@ -1,13 +1,14 @@
-"""Libraries that compute what an operation computes, as opponents: apex, Liger, torch's own optimiser."""
+"""What computes an operation otherwise, as opponents: apex, Liger, what one would assemble of torch."""
 
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from stopfast.kernels.ops import AdamWBuffers
+from stopfast.kernels.ops import AdamWBuffers, PatchTarget, Smoothing, position_map
 
 
 def library_arms(operation: str) -> Iterator[tuple[str, Callable[..., object]]]:
@@ -21,6 +22,8 @@ def library_arms(operation: str) -> Iterator[tuple[str, Callable[..., object]]]:
             ("torch fused AdamW, foreach EMA, copies", TorchUpdate()),
             ("apex FusedAdam, foreach EMA, copies", ApexUpdate()),
         ],
+        "position_cross_entropy": [("F.cross_entropy, kept map", KeptMap())],
+        "patch_mse": [("F.mse_loss of a gathered view", gathered_patch_mse)],
     }.get(operation, [])
 
 
@@ -83,3 +86,44 @@ class ApexUpdate(TorchUpdate):
         return fused_adam(
             [parameter], lr, betas=(beta1, beta2), eps=eps, weight_decay=decay, adam_w_mode=True
         )
+
+
+class KeptMap:
+    """Rows of a map that is made once, as one can while sigma stays, and torch's soft cross-entropy."""
+
+    def __init__(self) -> None:
+        self.map: Tensor | None = None
+
+    def __call__(
+        self, logits: Tensor, index: Tensor, weight: Tensor, sigma: Tensor, smoothing: Smoothing
+    ) -> Tensor:
+        positions = logits.shape[-1]
+        if self.map is None:
+            self.map = position_map(smoothing, sigma)[:positions, :positions].contiguous()
+        labels = self.map[index].flatten(0, 1)
+        each = F.cross_entropy(logits.flatten(0, 1).float(), labels, reduction="none")
+        return torch.dot(each, weight.flatten()) / weight.sum()
+
+
+def gathered_patch_mse(
+    prediction: Tensor, images: Tensor, index: Tensor | None, target: PatchTarget
+) -> Tensor:
+    """Only the patches that are wanted, taken out of a view of the images."""
+    side = target.patch_size
+    view = images.unfold(2, side, side).unfold(3, side, side).permute(0, 2, 3, 4, 5, 1)
+    if index is None:
+        patches = view.flatten(1, 2).float()
+    else:
+        across = view.shape[2]
+        image = torch.arange(len(index), device=index.device)[:, None]
+        patches = view[image, index // across, index % across].float()
+    if target.norm != "none":
+        axes = (2, 3, 4) if target.norm == "patch" else (2, 3)
+        variance, mean = torch.var_mean(patches, axes, keepdim=True)
+        if target.norm == "patch":
+            scale = (variance + target.eps[0]).rsqrt()
+        else:
+            eps = torch.cat([mean.new_full((1,), each) for each in target.eps])
+            scale = (variance.sqrt() + eps).reciprocal()
+        patches = (patches - mean) * scale
+    return F.mse_loss(prediction.float(), patches.flatten(2))

@@ -1,4 +1,8 @@
-"""The mean of what programs summed: one more program adds up their sums, in fp64 and in a fixed order."""
+"""The mean of what programs summed: one more program adds up their sums, in fp64 and in a fixed order.
+
+A mean over thousands of rows is then the rows' own, rounded once: which of them share a program, and so
+the tiles, hardly matter to it.
+"""
 
 import torch
 import triton
@@ -19,9 +23,9 @@ def _mean_kernel(
     for start in range(0, programs, BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < programs
-        sums += tl.load(partial + at, mask=inside, other=0.0).to(tl.float64)
+        sums += tl.load(partial + at, mask=inside, other=0.0)
         if WEIGHTED:
-            weights += tl.load(partial + programs + at, mask=inside, other=0.0).to(tl.float64)
+            weights += tl.load(partial + programs + at, mask=inside, other=0.0)
     weight = tl.sum(weights, 0) if WEIGHTED else count.to(tl.float64)
     found = tl.sum(sums, 0) / tl.where(weight == 0.0, 1.0, weight)
     tl.store(mean, found.to(tl.float32))
@@ -30,7 +34,7 @@ def _mean_kernel(
 
 
 def mean_of(partial: Tensor, count: int | None = None) -> tuple[Tensor, Tensor]:
-    """Add up ``partial``, fp32 [n, programs]; return the mean and what the sum was divided by.
+    """Add up ``partial``, fp64 [n, programs]; return the mean and what the sum was divided by.
 
     Args:
         partial: the programs' sums in its first row; without ``count``, their weights' in the second.

@@ -60,6 +60,10 @@ CHOICES: dict[str, dict[str, tuple[int, ...]]] = {
     },
     "target_smooth_l1_forward": {"ROWS": _LINES, "num_warps": _WARPS[:5]},
     "target_smooth_l1_backward": {"ROWS": _LINES, "num_warps": _WARPS[:5]},
+    "position_cross_entropy_forward": {"ROWS": _LINES, "num_warps": _WARPS[:5]},
+    "position_cross_entropy_backward": {"ROWS": _LINES, "num_warps": _WARPS[:5]},
+    "patch_mse_forward": {"ROWS": _LINES, "num_warps": _WARPS[:5]},
+    "patch_mse_backward": {"ROWS": _LINES, "num_warps": _WARPS[:5]},
     "adamw_ema": {
         "BLOCK": (512, 1024, 2048, 4096),
         "BLOCKS": (1, 2, 4, 8, 16),

@@ -198,8 +198,8 @@ CASES = (
         timed={
             "ViT-B/16": {"B": 64, "V": 49, "grid": (14, 14)},
             "ViT-L/16": {"B": 128, "V": 49, "grid": (14, 14)},
-            "released grid": {"B": 64, "V": 49, "grid": (16, 16), "L": 196},
-            "384 pixels": {"B": 64, "V": 144, "grid": (24, 24)},
+            "ViT-B/16 released grid": {"B": 64, "V": 49, "grid": (16, 16), "L": 196},
+            "ViT-B/16 at 384": {"B": 64, "V": 144, "grid": (24, 24)},
         },
     ),
     Case(
@@ -219,9 +219,9 @@ CASES = (
             {"B": 2, "size": (16, 24), "p": 4, "K": 0},
         ),
         timed={
-            "MAE ViT-B/16": {"B": 64, "size": (224, 224), "p": 16, "K": 147},
-            "Beyond Masking ViT-B/16": {"B": 128, "size": (224, 224), "p": 16, "norm": "channel"},
-            "MAE ViT-H/14": {"B": 128, "size": (224, 224), "p": 14, "K": 192},
+            "ViT-B/16 masked": {"B": 64, "size": (224, 224), "p": 16, "K": 147},
+            "ViT-B/16 whole, by channel": {"B": 128, "size": (224, 224), "p": 16, "norm": "channel"},
+            "ViT-H/14 masked": {"B": 128, "size": (224, 224), "p": 14, "K": 192},
         },
     ),
 )  # fmt: skip

@@ -90,7 +90,8 @@ def _patch_kernel(
         place = (row * (SIDE * SIDE * CHANNELS))[:, None, None] + value[None, :, :]
         tl.store(result + place, gradient.to(result.dtype.element_ty), mask=both)
     else:
-        tl.store(result + tl.program_id(0), tl.sum(tl.sum(tl.sum(error * error, 2), 1), 0))
+        square = tl.sum(tl.sum(error * error, 2), 1)
+        tl.store(result + tl.program_id(0), tl.sum(square.to(tl.float64), 0))
 
 
 def _run(
@@ -112,7 +113,7 @@ def _run(
     cut = tiles(kernel, shapes, prediction.device, own)
     programs = triton.cdiv(batch * tokens, cut["ROWS"])
     if upstream is None:
-        result = torch.empty(1, programs, dtype=torch.float32, device=prediction.device)
+        result = torch.empty(1, programs, dtype=torch.float64, device=prediction.device)
     else:
         result = torch.empty(prediction.shape, dtype=prediction.dtype, device=prediction.device)
     launch(

@@ -106,9 +106,10 @@ def _position_kernel(
         tl.store(target, gradient, mask=both)
     else:
         expected = tl.sum(tl.sum(smoothed * value, 2), 1)
-        entropy = tl.log(all_mass) * all_smoothed - expected
-        tl.store(result + tl.program_id(0), tl.sum(entropy * counted, 0))
-        tl.store(result + tl.num_programs(0) + tl.program_id(0), tl.sum(counted, 0))
+        entropy = (tl.log(all_mass) * all_smoothed - expected) * counted
+        tl.store(result + tl.program_id(0), tl.sum(entropy.to(tl.float64), 0))
+        weights = tl.sum(counted.to(tl.float64), 0)
+        tl.store(result + tl.num_programs(0) + tl.program_id(0), weights)
 
 
 def _run(
@@ -131,7 +132,7 @@ def _run(
     cut = tiles(kernel, shape_class(logits.dtype, l=tall * wide), logits.device, own)
     programs = triton.cdiv(batch * visible, cut["ROWS"])
     if backward is None:
-        result = torch.empty(2, programs, dtype=torch.float32, device=logits.device)
+        result = torch.empty(2, programs, dtype=torch.float64, device=logits.device)
     else:
         result = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     launch(

@@ -33,6 +33,12 @@ TABLE: dict[str, dict[tuple[torch.dtype, torch.dtype | None], list[torch.dtype]]
     "target_smooth_l1": {
         (FP32, None): [FP32], (BF16, None): [FP32], (FP32, BF16): [FP32], (FP16, FP16): [FP32],
     },
+    "position_cross_entropy": {
+        (FP32, None): [FP32], (BF16, None): [FP32], (FP32, BF16): [FP32], (FP16, FP16): [FP32],
+    },
+    "patch_mse": {
+        (FP32, None): [FP32], (BF16, None): [FP32], (FP32, BF16): [FP32], (FP16, FP16): [FP32],
+    },
     "multiblock_masks": {(FP32, None): INT, (FP32, BF16): INT},
 }  # fmt: skip
 ROWS = [

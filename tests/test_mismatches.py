@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from stopfast.kernels.arguments import PatchTarget, Smoothing
 from stopfast.kernels.cases import CASES
 from stopfast.kernels.ops import FUSED
 
@@ -38,6 +39,23 @@ MISMATCHES: list[tuple[str, str, Change]] = [
     ("target_smooth_l1", "features", lambda g: {"features": g["features"][..., 1:]}),
     ("multiblock_masks", "seed", lambda g: {"seed": g["seed"].int()}),
     ("multiblock_masks", "grid", lambda g: {"target_size": (20, 2)}),
+    ("position_cross_entropy", "logits", lambda g: {"logits": g["logits"][0]}),
+    ("position_cross_entropy", "index", lambda g: {"index": g["index"][:, 1:]}),
+    ("position_cross_entropy", "weight", lambda g: {"weight": g["weight"][1:]}),
+    ("position_cross_entropy", "sigma", lambda g: {"sigma": g["sigma"][None]}),
+    ("position_cross_entropy", "4 x 3 positions", lambda g: {"smoothing": Smoothing((4, 3))}),
+    ("position_cross_entropy", "norm", lambda g: {"smoothing": Smoothing((4, 4), "both")}),
+    ("patch_mse", "whole patches", lambda g: {"images": g["images"][..., 1:]}),
+    ("patch_mse", "index", lambda g: {"index": g["index"][1:]}),
+    ("patch_mse", "prediction", lambda g: {"index": None}),
+    ("patch_mse", "prediction", lambda g: {"prediction": g["prediction"][..., 1:]}),
+    ("patch_mse", "norm", lambda g: {"target": PatchTarget(4, "image")}),
+    ("patch_mse", "3 eps", lambda g: {"target": PatchTarget(4, "channel", (1e-6,))}),
+    ("patch_mse", "2 values", lambda g: {"images": g["images"][:, :1], "prediction": torch.zeros(3, 384, 1),
+                                         "index": None, "target": PatchTarget(1, "patch", (1e-6,))}),
+    ("patch_mse", "4 channels", lambda g: {"images": torch.zeros(3, 5, 4, 4), "index": None,
+                                           "prediction": torch.zeros(3, 1, 80),
+                                           "target": PatchTarget(4, "none")}),
 ]  # fmt: skip
 
 

@@ -29,3 +29,14 @@ def test_several_ranges_of_rows(device: torch.device):
     arguments = case.make(shape, torch.float32, device)
     exact = run(EAGER, case, copied(arguments, torch.float64))
     assert all(error <= 1e-5 for error in errors(fused(case, arguments), exact))
+
+
+@pytest.mark.parametrize("name", ["position_cross_entropy", "patch_mse"])
+def test_means_of_many_programs(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch):
+    """A row a program, and fewer at a time than there are programs where their sums are added up."""
+    monkeypatch.setattr(f"stopfast.kernels.{name}._ELEMENTS", 1)
+    monkeypatch.setattr("stopfast.kernels._means._BLOCK", 4)
+    case = next(c for c in CASES if c.name == name)
+    arguments = case.make(case.tested[0], torch.float32, device)
+    exact = run(EAGER, case, copied(arguments, torch.float64))
+    assert all(error <= 1e-5 for error in errors(fused(case, arguments), exact))

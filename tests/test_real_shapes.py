@@ -73,7 +73,16 @@ FAR = {  # one step along an axis is 2**30 elements, so two are beyond what 32 b
     "predictor_tokens": {
         "M": 1, "E": 3, "B": 1, "Kx": 3, "Ky": 2, "N": 9, "D": 24, "P": 16, "noise": "both",
     },
+    "position_cross_entropy": {"B": 3, "V": 3, "grid": (4, 6)},
+    "patch_mse": {"B": 3, "size": (8, 8), "p": 4, "C": 2, "K": 3},
 }  # fmt: skip
+SPREAD = {
+    "attention": "packed",
+    "target_smooth_l1": "prediction",
+    "predictor_tokens": "x",
+    "position_cross_entropy": "logits",
+    "patch_mse": "prediction",
+}
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.name in FAR], ids=lambda c: c.name)
@@ -81,9 +90,7 @@ def test_offsets_beyond_32_bits(case: Case, device: torch.device):
     """An input whose outer axis is spread over 2**31 elements, of which few are ever touched."""
     arguments = case.make(FAR[case.name], torch.float16, device)
     expected = run(FUSED, case, copied(arguments))
-    name = {"attention": "packed", "target_smooth_l1": "prediction", "predictor_tokens": "x"}[
-        case.name
-    ]
+    name = SPREAD[case.name]
     near = arguments[name].detach()
     stride = 2**30 + 8
     far = torch.empty(2 * stride + near[0].numel(), dtype=near.dtype, device=device)

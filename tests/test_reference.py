@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from stopfast.kernels import reference
+from stopfast.kernels import reference, reference_losses
+from stopfast.kernels.arguments import PatchTarget
 
 M, E, B, N, KX, KY, D, P = 2, 2, 3, 9, 4, 2, 6, 8
 
@@ -73,3 +74,45 @@ def test_targets_are_normed_per_token():
     rows = features[torch.arange(B)[:, None], places[0]]
     unit = (rows - rows.mean(-1, keepdim=True)) / rows.var(-1, unbiased=False, keepdim=True).sqrt()
     assert reference.target_smooth_l1(unit, features, places[:1]).item() < 1e-9
+
+
+@pytest.mark.spec(43)
+@pytest.mark.parametrize("norm", ["none", "patch", "channel"])
+def test_patches_by_loops(norm):
+    """Values lie in the order (row, column, channel); variances are unbiased, eps in or behind the root."""
+    side, channels, eps = 3, 2, {"none": (), "patch": (0.02,), "channel": (0.02, 0.3)}[norm]
+    images, places = draw(2, channels, 6, 9, grad=False), torch.tensor([[5, 0, 2], [1, 1, 4]])
+    prediction = draw(2, 3, side * side * channels)
+    target, expected = torch.empty_like(prediction), 0.0
+    for b in range(2):
+        for k, place in enumerate(places[b].tolist()):
+            top, left = side * (place // 3), side * (place % 3)
+            patch = images[b, :, top : top + side, left : left + side].clone()
+            if norm == "patch":
+                patch = (patch - patch.mean()) / (patch.var() + eps[0]).sqrt()
+            for c in range(channels if norm == "channel" else 0):
+                patch[c] = (patch[c] - patch[c].mean()) / (patch[c].std() + eps[c])
+            target[b, k] = torch.stack(
+                [patch[c, r, x] for r in range(side) for x in range(side) for c in range(channels)]
+            )
+            expected += (prediction[b, k] - target[b, k]).square().mean().item() / 6
+    settings = PatchTarget(side, norm, eps)
+    loss = reference_losses.patch_mse(prediction, images, places, settings)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+    assert reference_losses.patch_mse(target, images, places, settings).item() < 1e-24
+    whole = draw(2, 6, side * side * channels)
+    every = torch.arange(6).expand(2, 6)
+    assert torch.equal(
+        reference_losses.patch_mse(whole, images, None, settings),
+        reference_losses.patch_mse(whole, images, every, settings),
+    )
+
+
+@pytest.mark.spec(43)
+@pytest.mark.parametrize(("norm", "values"), [("channel", 256), ("patch", 768)])
+def test_variances_are_unbiased(norm: str, values: int):
+    """A prediction of 0 costs (n - 1) / n, n being the values that are normed together."""
+    images = 5 * draw(2, 3, 32, 32, grad=False) + 3
+    settings = PatchTarget(16, norm, (1e-9,) * (3 if norm == "channel" else 1))
+    loss = reference_losses.patch_mse(torch.zeros(2, 4, 768), images, None, settings)
+    assert loss.item() == pytest.approx((values - 1) / values, rel=1e-6)

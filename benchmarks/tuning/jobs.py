@@ -16,7 +16,14 @@ from stopfast.kernels.cases import CASES, Case, Shape
 from stopfast.kernels.ops import EAGER, FUSED
 
 BY_NAME = {case.name: case for case in CASES}
-CHOSEN = ("layer_norm", "linear_gelu", "target_smooth_l1", "multiblock_masks")
+CHOSEN = (
+    "layer_norm",
+    "linear_gelu",
+    "target_smooth_l1",
+    "multiblock_masks",
+    "position_cross_entropy",
+    "patch_mse",
+)
 """Operations of which the table says whether ``ops='auto'`` fuses them."""
 TILED = (
     "attention",
@@ -25,6 +32,8 @@ TILED = (
     "adamw_ema",
     "predictor_tokens",
     "target_smooth_l1",
+    "patch_mse",
+    "position_cross_entropy",
 )
 """Operations whose kernels have tiles to choose, by what is to be gained in a step."""
 _IN_TRAINING: dict[str, Kind] = {
