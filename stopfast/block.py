@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from stopfast.kernels.ops import Ops
 
 NormLayer = Callable[[int], nn.Module]
+QkvBias = bool | Literal["qv"]
+"""A bias on all of the packed projection, on none of it, or on queries and values (Beyond Masking)."""
 Rows = int | Tensor
 """Which tokens of a sequence are wanted: those from a number on, or an int64 index [B, R]."""
 
@@ -67,28 +69,6 @@ def require_zero(**rates: float) -> None:
             raise ValueError(f"expected {name}=0.0, the only rate that is supported, got {rate}")
 
 
-def init_weights(model: nn.Module, blocks: nn.ModuleList, std: float, rescale: bool) -> None:
-    """Initialise as the published programs end up: normal weights, zero biases, unit LayerNorms.
-
-    Their constructors also divide the output projections of block l by sqrt(2 l), and their training
-    scripts then re-draw every Linear, which undoes it. ``rescale`` keeps the division.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            # Cut at an absolute 2, a hundred deviations: as published, in effect not truncated.
-            nn.init.trunc_normal_(module.weight, std=std)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm):
-            module.reset_parameters()
-    if rescale:
-        with torch.no_grad():
-            for number, block in enumerate(blocks, start=1):
-                assert isinstance(block, Block)
-                block.attn.proj.weight /= (2.0 * number) ** 0.5
-                block.mlp.fc2.weight /= (2.0 * number) ** 0.5
-
-
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     compiled = torch.compile(function, dynamic=True)
 
@@ -107,7 +87,7 @@ class Attention(nn.Module):
     """Multi-head self-attention with a packed projection (rows q, k, v in that order)."""
 
     def __init__(
-        self, dim: int, num_heads: int, qkv_bias: bool, qk_scale: float | None, ops: Ops
+        self, dim: int, num_heads: int, qkv_bias: QkvBias, qk_scale: float | None, ops: Ops
     ) -> None:
         super().__init__()
         if dim % num_heads:
@@ -115,12 +95,20 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         self.scale = qk_scale or (dim // num_heads) ** -0.5
         self.ops = ops
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias is True)
+        self.q_bias = self.v_bias = None
+        if qkv_bias == "qv":
+            self.q_bias = nn.Parameter(torch.zeros(dim))
+            self.v_bias = nn.Parameter(torch.zeros(dim))
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, slots: Slots | None = None) -> Tensor:
         """All real tokens attend to all real tokens; x [B, N, C] to [B, N, C]."""
-        return self.attend(self.qkv(x), slots=slots)
+        return self.attend(self.pack(x), slots=slots)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """The packed projection of x [..., C] to [..., 3 C]."""
+        return self.qkv(x) if self.q_bias is None else self._project(x, slice(None))
 
     def attend(
         self, packed: Tensor, queries: Tensor | None = None, slots: Slots | None = None
@@ -133,13 +121,17 @@ class Attention(nn.Module):
 
     def forward_rows(self, x: Tensor, rows: Rows, slots: Slots | None = None) -> Tensor:
         """As ``forward(x)`` taken at ``rows``, without queries and projections of the other tokens."""
-        weight, bias = self.qkv.weight, self.qkv.bias
         width = self.proj.in_features
-        q = nn.functional.linear(
-            take_rows(x, rows), weight[:width], None if bias is None else bias[:width]
-        )
-        kv = nn.functional.linear(x, weight[width:], None if bias is None else bias[width:])
+        q = self._project(take_rows(x, rows), slice(width))
+        kv = self._project(x, slice(width, None))
         return self.attend(kv, q, slots)
+
+    def _project(self, x: Tensor, part: slice) -> Tensor:
+        """Some rows of the packed projection."""
+        bias = self.qkv.bias
+        if self.q_bias is not None and self.v_bias is not None:
+            bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        return nn.functional.linear(x, self.qkv.weight[part], None if bias is None else bias[part])
 
 
 class Mlp(nn.Module):
@@ -171,7 +163,7 @@ class Block(nn.Module):
         num_heads: int,
         *,
         mlp_ratio: float,
-        qkv_bias: bool,
+        qkv_bias: QkvBias,
         qk_scale: float | None,
         norm_layer: NormLayer,
         ops: Ops,
@@ -233,8 +225,8 @@ class Block(nn.Module):
     ) -> Tensor:
         blocks, width = len(x) // contexts, x.shape[-1]
         queries = x[:, kept:]
-        shared = self.attn.qkv(self._normed(self.norm1, x[:contexts, :kept]))
-        own = self.attn.qkv(self._normed(self.norm1, queries))
+        shared = self.attn.pack(self._normed(self.norm1, x[:contexts, :kept]))
+        own = self.attn.pack(self._normed(self.norm1, queries))
 
         def pack(shared: Tensor, own: Tensor) -> Tensor:
             repeated = shared.expand(blocks, *shared.shape)  # a view: only the result is written

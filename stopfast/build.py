@@ -1,22 +1,34 @@
 """From settings to the objects they describe."""
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 
 from stopfast.block import Block
-from stopfast.config import Config
-from stopfast.encoder import VisionTransformer, image_grid
-from stopfast.kernels.ops import Ops, resolve_ops
+from stopfast.config import Config, DropPosConfig, JepaConfig, ReconstructionConfig, Transforms
+from stopfast.degradations import Degradation, degradation
+from stopfast.kernels.ops import PatchTarget
 from stopfast.masking import MultiBlockMasks
-from stopfast.models import published_norm
+from stopfast.networks import (
+    build_encoder,
+    build_pixel_decoder,
+    build_position_decoder,
+    build_predictor,
+    model_grid,
+    seeded,
+    step_ops,
+)
+from stopfast.objectives import Objective
+from stopfast.objectives.droppos import DropPos
 from stopfast.objectives.jepa import Jepa
-from stopfast.predictor import Predictor
+from stopfast.objectives.reconstruction import Reconstruction
+from stopfast.optim import UpdateRule
 from stopfast.schedules import Cosine, LinearMomentum
 from stopfast.step import TrainStep
+
+TargetNorm = Literal["none", "patch", "channel"]
 
 
 def choose_device(name: str) -> torch.device:
@@ -61,69 +73,13 @@ def fastest(config: Config, device: torch.device) -> Config:
     return replace(config, step=step, optim=replace(config.optim, optimizer="adamw_ema"))
 
 
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Draw from a seed inside, and leave torch's generators as they were."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
-
-
-def step_ops(config: Config) -> Ops:
-    """Return the operations of these settings.
-
-    Raises:
-        ValueError: an attention backend that is not there.
-    """
-    return resolve_ops(config.step.ops, config.step.attention)
-
-
-def build_encoder(config: Config) -> VisionTransformer:
-    """Return the encoder of these settings, initialised from torch's generator."""
-    model = config.model
-    return VisionTransformer(
-        img_size=list(config.data.transforms.size),
-        patch_size=model.patch_size,
-        embed_dim=model.embed_dim,
-        depth=model.depth,
-        num_heads=model.num_heads,
-        mlp_ratio=model.mlp_ratio,
-        norm_layer=published_norm,
-        init_rescale=model.init_rescale,
-        checkpointing=config.step.checkpointing,
-        skip_unused=config.step.skip_unused,
-        ops=step_ops(config),
-    )
-
-
-def build_predictor(config: Config) -> Predictor:
-    """Return the predictor of these settings, initialised from torch's generator."""
-    model = config.model
-    grid = image_grid(config.data.transforms.size, model.patch_size)
-    return Predictor(
-        num_patches=grid[0] * grid[1],
-        embed_dim=model.embed_dim,
-        predictor_embed_dim=model.predictor_embed_dim,
-        depth=model.predictor_depth,
-        num_heads=model.num_heads,
-        mlp_ratio=model.predictor_mlp_ratio,
-        norm_layer=published_norm,
-        grid_size=grid,
-        init_rescale=model.init_rescale,
-        checkpointing=config.step.checkpointing,
-        skip_unused=config.step.skip_unused,
-        ops=step_ops(config),
-        **dataclasses.asdict(config.noise),
-    )
-
-
 def build_masks(config: Config) -> MultiBlockMasks:
     """Return the mask sampler of these settings."""
     return MultiBlockMasks(
-        grid=image_grid(config.data.transforms.size, config.model.patch_size),
+        grid=model_grid(config),
         seed=config.run.seed,
         ops=step_ops(config),
-        **dataclasses.asdict(config.mask),
+        **dataclasses.asdict(config.jepa.mask),
     )
 
 
@@ -148,29 +104,33 @@ def check_settings(config: Config, device: torch.device) -> None:
             raise ValueError(
                 f"expected --optim.optimizer adamw_ema with --step.{name}, got {config.optim.optimizer}"
             )
-    build_masks(config)
     with torch.device("meta"):
-        build_encoder(config)
-        build_predictor(config)
+        build_objective(config, steps_per_epoch=1000)
 
 
-def build_objective(config: Config, steps_per_epoch: int) -> Jepa:
-    """Return the objective of these settings, its weights drawn from the run's seed."""
-    model, optim = config.model, config.optim
-    with seeded(config.run.seed):
-        encoder = build_encoder(config)
-        predictor = build_predictor(config)
-    masks = build_masks(config)
+def build_objective(config: Config, steps_per_epoch: int) -> Objective[Any]:
+    """Return the objective of these settings, its weights drawn from the run's seed.
+
+    Raises:
+        ValueError: settings that do not fit each other.
+    """
+    if isinstance(config.objective, JepaConfig):
+        return build_jepa(config, steps_per_epoch)
+    if isinstance(config.objective, DropPosConfig):
+        return build_droppos(config, steps_per_epoch)
+    return build_reconstruction(config, steps_per_epoch)
+
+
+def build_update(config: Config, steps_per_epoch: int) -> UpdateRule:
+    """Return the schedules and constants of the optimiser of these settings."""
+    optim = config.optim
     total = int(optim.ipe_scale * optim.epochs * steps_per_epoch)
 
     def threshold(epochs: float) -> int | None:
         return None if epochs < 0 else int(epochs * steps_per_epoch)
 
-    return Jepa(
-        encoder,
-        predictor,
-        masks,
-        transforms=config.data.transforms,
+    counted_before = 0 if optim.schedule == "ijepa" else 1
+    return UpdateRule(
         lr=Cosine(
             start=optim.start_lr,
             reference=optim.lr,
@@ -179,6 +139,8 @@ def build_objective(config: Config, steps_per_epoch: int) -> Jepa:
             total_steps=total,
             fix_step=threshold(optim.fix_lr_thres),
             fix_strategy=optim.fix_lr_strategy,
+            counted_before=counted_before,
+            warmup_arrives=optim.schedule == "beit",
         ),
         weight_decay=Cosine(
             reference=optim.weight_decay,
@@ -186,13 +148,62 @@ def build_objective(config: Config, steps_per_epoch: int) -> Jepa:
             total_steps=total,
             fix_step=threshold(optim.fix_wd_thres),
             fix_strategy=optim.fix_wd_strategy,
+            counted_before=counted_before,
         ),
-        momentum=LinearMomentum(start=optim.ema[0], end=optim.ema[1], total_steps=total),
-        target_blocks=model.target_blocks,
-        seed=config.run.seed,
+        momentum=LinearMomentum(start=optim.ema[0], end=optim.ema[1], total_steps=total)
+        if isinstance(config.objective, JepaConfig)
+        else None,
+        betas=optim.betas,
         clip=optim.clip,
         clip_norm=optim.clip_norm,
-        clip_encoder_only=optim.clip_encoder_only,
+        decay_tokens=optim.decay_tokens,
+    )
+
+
+def build_degradation(config: Config, target_norm: TargetNorm = "none") -> Degradation:
+    """Return the degradation of these settings; its targets are normalised as named.
+
+    Raises:
+        ValueError: sizes that do not fit, or an objective that degrades nothing.
+    """
+    if isinstance(config.objective, DropPosConfig):
+        raise ValueError("expected an objective with a degradation, got 'droppos'")
+    transforms = config.data.transforms
+    return degradation(
+        config.objective.degrade,
+        transforms.size,
+        patch_target(config.model.patch_size, target_norm, transforms.std),
+        config.run.seed,
+    )
+
+
+def patch_target(patch_size: int, norm: TargetNorm, std: tuple[float, ...] = (1.0,)) -> PatchTarget:
+    """Return how pixels are normalised before they are predicted.
+
+    MAE adds 1e-6 to the variance of all numbers of a patch. Beyond Masking adds 1e-6 to each channel's
+    deviation, of pixels in 0..1: what the images were divided by comes back in here.
+    """
+    eps = {"none": (), "patch": (1e-6,), "channel": tuple(1e-6 / each for each in std)}
+    return PatchTarget(patch_size, norm, eps[norm])
+
+
+def build_jepa(config: Config, steps_per_epoch: int) -> Jepa:
+    """As :func:`build_objective`, of settings of I-JEPA or StoP."""
+    settings = config.jepa
+    degraded = None if settings.degrade.kind == "none" else build_degradation(config)
+    with seeded(config.run.seed):
+        encoder = build_encoder(config)
+        predictor = build_predictor(config)
+    return Jepa(
+        encoder,
+        predictor,
+        build_masks(config),
+        transforms=_transforms(config, degraded),
+        update=build_update(config, steps_per_epoch),
+        degradation=degraded,
+        target_blocks=settings.target_blocks,
+        seed=config.run.seed,
+        clip_encoder_only=config.optim.clip_encoder_only,
         skip_unused=config.step.skip_unused,
         bucket=config.step.bucket,
         target_stream=config.step.target_stream,
@@ -200,7 +211,58 @@ def build_objective(config: Config, steps_per_epoch: int) -> Jepa:
     )
 
 
-def build_step(config: Config, objective: Jepa, device: torch.device) -> TrainStep:
+def build_droppos(config: Config, steps_per_epoch: int) -> DropPos:
+    """As :func:`build_objective`, of settings of DropPos."""
+    settings = config.objective
+    if not isinstance(settings, DropPosConfig):
+        raise ValueError(f"expected DropPos, got the objective {settings.name!r}")
+    with seeded(config.run.seed):
+        encoder = build_encoder(config)
+        decoder = build_position_decoder(config)
+        pixel_decoder = build_pixel_decoder(config) if settings.multi_task else None
+    return DropPos(
+        encoder,
+        decoder,
+        pixel_decoder,
+        settings=settings,
+        noise=config.noise,
+        transforms=config.data.transforms,
+        update=build_update(config, steps_per_epoch),
+        epochs=config.optim.epochs,
+        steps_per_epoch=steps_per_epoch,
+        seed=config.run.seed,
+        ops=step_ops(config),
+    )
+
+
+def build_reconstruction(config: Config, steps_per_epoch: int) -> Reconstruction:
+    """As :func:`build_objective`, of settings of MAE or Beyond Masking."""
+    settings = config.objective
+    if not isinstance(settings, ReconstructionConfig):
+        raise ValueError(f"expected MAE or Beyond Masking, got the objective {settings.name!r}")
+    degraded = build_degradation(config, settings.target_norm)
+    with seeded(config.run.seed):
+        encoder = build_encoder(config)
+        decoder = build_pixel_decoder(config)
+    return Reconstruction(
+        encoder,
+        decoder,
+        degraded,
+        mask_ratio=settings.mask_ratio,
+        transforms=_transforms(config, degraded),
+        update=build_update(config, steps_per_epoch),
+        seed=config.run.seed,
+        ops=step_ops(config),
+    )
+
+
+def _transforms(config: Config, degraded: Degradation | None) -> Transforms:
+    """How photographs become the images that the objective takes, of which the encoder may see a part."""
+    transforms = config.data.transforms
+    return transforms if degraded is None else replace(transforms, size=degraded.source)
+
+
+def build_step(config: Config, objective: Objective[Any], device: torch.device) -> TrainStep:
     """Return the optimiser step of these settings for an objective, which moves to ``device``."""
     if config.step.compile:
         for module in objective.modules().values():

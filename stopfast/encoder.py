@@ -1,4 +1,4 @@
-"""The vision transformer of I-JEPA and StoP: no class token, fixed positions, maskable input."""
+"""The vision transformer of all objectives: fixed positions, maskable input, a class token if wanted."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,16 +9,17 @@ from torch import Tensor, nn
 from stopfast.block import (
     Block,
     NormLayer,
+    QkvBias,
     Slots,
-    init_weights,
     norm_config,
     norm_factory,
     require_zero,
     take_rows,
 )
 from stopfast.hub import HubMixin
+from stopfast.initial import Scheme, init_weights, token
 from stopfast.kernels.ops import Ops, resolve_ops
-from stopfast.pos_embed import Grid, interpolate_pos_embed, sincos_pos_embed
+from stopfast.pos_embed import Grid, Positions, interpolate_pos_embed, position_table
 
 Masks = Tensor | Sequence[Tensor]
 
@@ -45,7 +46,11 @@ def image_grid(img_size: int | Sequence[int], patch_size: int) -> Grid:
 
 
 class PatchEmbed(nn.Module):
-    """Linear embedding of p x p patches in raster order, of all of them or of the wanted ones."""
+    """Linear embedding of p x p patches in raster order, of all of them or of the wanted ones.
+
+    An embedding of one channel (Beyond Masking's de-colorized images) takes the mean of three: what it
+    was trained on is a sum with random weights of that mean.
+    """
 
     def __init__(self, grid: Grid, patch_size: int, in_chans: int, embed_dim: int) -> None:
         super().__init__()
@@ -61,7 +66,7 @@ class PatchEmbed(nn.Module):
         Raises:
             ValueError: not a batch of images with this embedding's channels and patches.
         """
-        if images.ndim != 4 or images.shape[1] != self.in_chans:
+        if images.ndim != 4 or images.shape[1] not in (self.in_chans, 3 * (self.in_chans == 1)):
             raise ValueError(
                 f"expected images (B, {self.in_chans}, H, W), got {tuple(images.shape)}"
             )
@@ -70,6 +75,8 @@ class PatchEmbed(nn.Module):
     def forward(self, images: Tensor, index: Tensor | None = None) -> Tensor:
         """images [B, C, H, W] to [B, N, D]; with an index [B, K], that of those patches, [B, K, D]."""
         size = self.patch_size
+        if self.in_chans == 1:
+            images = images.mean(1, keepdim=True)
         patches = images.unflatten(3, (-1, size)).unflatten(2, (-1, size))
         patches = patches.permute(0, 2, 4, 1, 3, 5)  # B, rows, columns, C, p, p: a view
         if index is None:
@@ -87,8 +94,11 @@ class VisionTransformer(nn.Module, HubMixin):
     ``predictor_embed_dim`` and ``predictor_depth`` are accepted and unused, as published. Beyond the
     published arguments: ``img_size`` may be ``[height, width]``; ``init_rescale`` keeps the division
     of the residual projections by sqrt(2 l) that the published training scripts undo;
-    ``checkpointing`` recomputes each block in backward; ``skip_unused=False`` computes what nothing
-    reads (gradients are the same); ``ops`` chooses the implementation of the operations.
+    ``class_token`` puts a learned token before the patches, whose position is zero (MAE, DropPos);
+    ``positions`` and ``init`` are those of the published programs of other objectives; ``qkv_bias="qv"``
+    leaves keys without a bias (Beyond Masking); ``checkpointing`` recomputes each block in backward;
+    ``skip_unused=False`` computes what nothing reads (gradients are the same); ``ops`` chooses the
+    implementation of the operations.
 
     Raises:
         ValueError: a dropout rate other than 0, or sizes that do not divide.
@@ -107,7 +117,7 @@ class VisionTransformer(nn.Module, HubMixin):
         predictor_depth: int = 12,
         num_heads: int = 12,
         mlp_ratio: float = 4.0,
-        qkv_bias: bool = True,
+        qkv_bias: QkvBias = True,
         qk_scale: float | None = None,
         drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
@@ -115,6 +125,9 @@ class VisionTransformer(nn.Module, HubMixin):
         norm_layer: NormLayer | Mapping[str, Any] = nn.LayerNorm,
         init_std: float = 0.02,
         *,
+        class_token: bool = False,
+        positions: Positions = "2d",
+        init: Scheme = "normal",
         init_rescale: bool = False,
         checkpointing: bool = False,
         skip_unused: bool = True,
@@ -132,7 +145,9 @@ class VisionTransformer(nn.Module, HubMixin):
         self.skip_unused = skip_unused
         grid = image_grid(img_size, patch_size)
         self.patch_embed = PatchEmbed(grid, patch_size, in_chans, embed_dim)
-        self.pos_embed = nn.Parameter(sincos_pos_embed(embed_dim, grid)[None], requires_grad=False)
+        table = position_table(embed_dim, grid, positions, class_token)
+        self.pos_embed = nn.Parameter(table, requires_grad=False)
+        self.cls_token = token(embed_dim, init_std, init) if class_token else None
         self.blocks = nn.ModuleList(
             Block(
                 embed_dim,
@@ -147,7 +162,7 @@ class VisionTransformer(nn.Module, HubMixin):
             for _ in range(depth)
         )
         self.norm = norm(embed_dim)
-        init_weights(self, self.blocks, init_std, init_rescale)
+        init_weights(self, self.blocks, init_std, init_rescale, init)
         self._remember(norm_layer=norm_config(self.norm))
 
     def forward(
@@ -172,17 +187,20 @@ class VisionTransformer(nn.Module, HubMixin):
                 name some patch, influence nothing, and what is returned for them is to be ignored.
 
         Returns:
-            [B, N, D], or [E * B, Kx, D] in the order (mask, image); R tokens with ``rows``.
+            [B, N, D], or [E * B, Kx, D] in the order (mask, image); R tokens with ``rows``. A class token
+            is left out: :meth:`tokens` has it.
 
         Raises:
             ValueError: images of another shape, a K outside 1..depth, or lengths without masks or
-                with ``rows``.
+                with ``rows``; with a class token, lengths or ``rows``.
         """
         if not 1 <= K <= len(self.blocks):
             raise ValueError(f"expected K in 1..{len(self.blocks)}, got {K}")
         if lengths is not None and (masks is None or rows is not None):
             raise ValueError("expected lengths with masks, and without rows")
-        x = self._embed(images, None if masks is None else as_list(masks))
+        if self.cls_token is not None and (lengths is not None or rows is not None):
+            raise ValueError("expected an encoder without a class token with lengths or rows")
+        x = self._embed(images, None if masks is None else as_list(masks), None)
         slots = Slots.of(lengths, x.shape[1])
         outputs = []
         for number, block in enumerate(self.blocks, start=1):
@@ -192,17 +210,49 @@ class VisionTransformer(nn.Module, HubMixin):
             if number > len(self.blocks) - K:
                 taken = x if rows is None or wanted is not None else take_rows(x, rows)
                 outputs.append(self.norm(taken))
-        return outputs[0] if K == 1 else torch.stack(outputs).mean(0)
+        result = outputs[0] if K == 1 else torch.stack(outputs).mean(0)
+        return result if self.cls_token is None else result[:, 1:]
 
-    def _embed(self, images: Tensor, masks: list[Tensor] | None) -> Tensor:
+    def tokens(
+        self, images: Tensor, mask: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
+        """Encode images, or some patches of them, class token included.
+
+        Args:
+            images: [B, C, H, W].
+            mask: int64 [B, Kx], the patches, in any order; None for all N.
+            positions: [B, Kx, D], what is added to these patches instead of their rows of the table.
+
+        Returns:
+            [B, Kx, D], the last block's normed output; with a class token [B, 1 + Kx, D], its own first.
+
+        Raises:
+            ValueError: images of another shape.
+        """
+        x = self._embed(images, None if mask is None else [mask], positions)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def patch_positions(self) -> Tensor:
+        """The position table of the patches, [N, D]."""
+        return self.pos_embed[0, int(self.cls_token is not None) :]
+
+    def _embed(
+        self, images: Tensor, masks: list[Tensor] | None, positions: Tensor | None
+    ) -> Tensor:
         grid = self.patch_embed.image_grid(images)
-        pos_embed = interpolate_pos_embed(self.pos_embed, self.patch_embed.grid, grid)
+        table = interpolate_pos_embed(self.patch_positions(), self.patch_embed.grid, grid)
         if masks is None:
-            return self.patch_embed(images) + pos_embed
-        index = torch.cat(masks)
-        if self.skip_unused:
-            x = [self.patch_embed(images, mask) for mask in masks]
+            x = self.patch_embed(images) + (table if positions is None else positions)
         else:
-            patches = self.patch_embed(images)
-            x = [take_rows(patches, mask) for mask in masks]
-        return torch.cat(x) + pos_embed[0][index]
+            if self.skip_unused:
+                patches = [self.patch_embed(images, mask) for mask in masks]
+            else:
+                whole = self.patch_embed(images)
+                patches = [take_rows(whole, mask) for mask in masks]
+            x = torch.cat(patches) + (table[torch.cat(masks)] if positions is None else positions)
+        if self.cls_token is None:
+            return x
+        first = self.cls_token + self.pos_embed[:, :1]
+        return torch.cat([first.expand(len(x), -1, -1).to(x.dtype), x], dim=1)

@@ -1,11 +1,14 @@
 """What is watched while a run trains, since a loss that falls says nothing about collapse."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from stopfast.config import Config
+from stopfast.config import Config, Transforms
+from stopfast.data.batch import Batch
 from stopfast.data.images import Images
 from stopfast.data.loader import eval_batches
 from stopfast.data.scan import usable_images
@@ -20,6 +23,8 @@ _VARIANCE_IMAGES = 64
 """Images whose patches are compared: of a large model, all patches of more would take gigabytes."""
 LEAST_STD = 0.002
 """Of the images' features, where 1 is the most."""
+_LOOK = 2**31 - 1
+"""Step of the draws that a look takes: none of the run's."""
 
 
 class Monitors:
@@ -53,7 +58,9 @@ class Monitors:
         return every > 0 and (step % every == 0 or step == last_step)
 
     def look(self, objective: Objective, *, warn: bool = True) -> dict[str, float]:
-        """Return ``feature_std``, ``rankme``, ``target_variance`` and, with labels, ``knn`` (a share)."""
+        """Return ``feature_std``, ``rankme``, ``target_variance``, with labels ``knn`` (a share), and what
+        the objective measures itself.
+        """
         pooled, tokens = self._features(objective, self.watched, _VARIANCE_IMAGES)
         seen = {
             "feature_std": feature_std(pooled),
@@ -70,28 +77,48 @@ class Monitors:
                 self._features(objective, test)[0],
                 torch.tensor(test.labels),
             )
+        seen |= self._measures(objective)
         fallen = seen["target_variance"] < LEAST_VARIANCE or seen["feature_std"] < LEAST_STD
         if warn and fallen:
             self._warn(seen)
         return seen
 
     @torch.inference_mode()
+    def _measures(self, objective: Objective) -> dict[str, float]:
+        """What the objective tells of some watched images, always with the same draws."""
+        images = self.watched.subset(_spread(len(self.watched), _VARIANCE_IMAGES))
+        totals: dict[str, float] = {}
+        batches = self._batches(images, objective.transforms)
+        for number, batch in enumerate(batches):
+            count = len(batch.images)
+            with autocast(self.device, self.config.step.precision):
+                found = objective.measures(
+                    batch.images, objective.draws(_LOOK, count, slice(0, count))
+                )
+            for name, value in found.items():
+                before = totals.get(name, 0.0)
+                totals[name] = before + (value.item() - before) / (number + 1)
+        return totals
+
+    def _batches(self, images: Images, transforms: Transforms) -> Iterator[Batch]:
+        data = self.config.data
+        return eval_batches(
+            images,
+            transforms,
+            # What fits in training fits here.
+            batch_size=min(len(images), 256, data.batch_size // self.config.step.accumulate),
+            device=self.device,
+            data=data,
+        )
+
+    @torch.inference_mode()
     def _features(
         self, objective: Objective, images: Images, kept: int = 0
     ) -> tuple[Tensor, Tensor]:
         """Means over patches fp32 [images, D], and the first images' patches [kept, N, D], on the CPU."""
-        step = self.config.step
-        batches = eval_batches(
-            images,
-            self.config.data.transforms,
-            # What fits in training fits here.
-            batch_size=min(len(images), 256, self.config.data.batch_size // step.accumulate),
-            device=self.device,
-            data=self.config.data,
-        )
         pooled, tokens = [], []
-        for batch in batches:
-            with autocast(self.device, step.precision):
+        for batch in self._batches(images, self.config.data.transforms):
+            with autocast(self.device, self.config.step.precision):
                 features = objective.features(batch.images).float()
             pooled.append(features.mean(1).cpu())
             if kept > 0:

@@ -1,6 +1,6 @@
 """The optimiser of an objective: parameter groups, clipping, and the moving average of a teacher."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -17,6 +17,9 @@ from stopfast.kernels.ops import Ops, resolve_ops
 Clip = Literal["none", "global", "per_tensor"]
 Implementation = Literal["auto", "adamw_ema", "torch", "apex"]
 Pairs = Sequence[tuple[nn.Module, nn.Module]]
+Schedule = Callable[[int], float]
+TOKENS = ("mask_token", "cls_token", "mask_pos_token")
+"""Learned tokens, by their last name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,16 +36,55 @@ class OptimizerRecipe:
     """Parameters whose gradients are clipped."""
 
 
-def parameter_groups(modules: Iterable[nn.Module]) -> list[dict[str, Any]]:
+@dataclass(frozen=True, kw_only=True)
+class UpdateRule:
+    """How an objective's weights are updated: AdamW's schedules and constants, and the clipping."""
+
+    lr: Schedule
+    """Learning rate of step 1, 2, ..."""
+    weight_decay: Schedule
+    momentum: Schedule | None = None
+    """Of the teachers' average; None without teachers."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: Clip = "none"
+    clip_norm: float = 1.0
+    decay_tokens: bool = True
+    """Whether mask and class tokens are decayed."""
+
+    def recipe(
+        self, modules: Sequence[nn.Module], clipped: Sequence[nn.Module] | None = None
+    ) -> OptimizerRecipe:
+        """The recipe for modules, of which all are clipped, or only ``clipped``."""
+        chosen = modules if clipped is None else clipped
+        return OptimizerRecipe(
+            groups=parameter_groups(modules, () if self.decay_tokens else TOKENS),
+            betas=self.betas,
+            clip=self.clip,
+            clip_norm=self.clip_norm,
+            clipped=[p for module in chosen for p in module.parameters() if p.requires_grad],
+        )
+
+    def scalars(self, step: int) -> dict[str, float]:
+        """``lr``, ``weight_decay`` and, with teachers, ``momentum`` of a step."""
+        found = {"lr": self.lr(step), "weight_decay": self.weight_decay(step)}
+        return found if self.momentum is None else {**found, "momentum": self.momentum(step)}
+
+
+def parameter_groups(
+    modules: Iterable[nn.Module], undecayed: Sequence[str] = ()
+) -> list[dict[str, Any]]:
     """Split each module's trainable parameters into decayed and not decayed, in the published order.
 
-    Not decayed are tensors of one dimension and those with "bias" in their name. A mask token and a
-    learned position table have three dimensions, so they are decayed, as published.
+    Not decayed are tensors of one dimension, those with "bias" in their name, and those whose last name
+    is in ``undecayed``. A mask token and a learned position table have three dimensions, so they are
+    decayed, as published, unless named.
     """
     decayed, plain = [], []
     for module in modules:
         named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-        exempt = {n for n, p in named if "bias" in n or p.ndim == 1}
+        exempt = {
+            n for n, p in named if "bias" in n or p.ndim == 1 or n.rpartition(".")[2] in undecayed
+        }
         decayed.append({"params": [p for n, p in named if n not in exempt], "decayed": True})
         plain.append({"params": [p for n, p in named if n in exempt], "decayed": False})
     return decayed + plain

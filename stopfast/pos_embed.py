@@ -1,12 +1,15 @@
 """Fixed sine-cosine position tables over a grid, and their transfer to another grid."""
 
 import math
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Positions = Literal["2d", "1d"]
+"""Sines and cosines of row and column, or of the number in raster order."""
 Grid = tuple[int, int]
 
 
@@ -42,6 +45,30 @@ def sincos_pos_embed(dim: int, grid: Grid) -> Tensor:
         angle = index.reshape(-1, 1) * omega
         halves += [np.sin(angle), np.cos(angle)]
     return torch.from_numpy(np.concatenate(halves, axis=1)).float()
+
+
+def sinusoid_pos_embed(dim: int, count: int) -> Tensor:
+    """Position table [count, dim] of the published Beyond Masking program, fp32, in raster order.
+
+    Channel j is the sine (even j) or cosine (odd j) of ``index / 10000 ** (2 * (j // 2) / dim)``. Computed
+    in fp64.
+    """
+    channel = np.arange(dim)
+    angle = np.arange(count)[:, None] / 10000.0 ** (2 * (channel // 2) / dim)
+    return torch.from_numpy(np.where(channel % 2, np.cos(angle), np.sin(angle))).float()
+
+
+def position_table(
+    dim: int, grid: Grid, kind: Positions = "2d", class_token: bool = False
+) -> Tensor:
+    """Fixed position table [1, H * W, dim]; with a class token one row more, zeros, before the others.
+
+    Raises:
+        ValueError: a width that does not fit the kind.
+    """
+    by_number = kind == "1d"
+    table = sinusoid_pos_embed(dim, grid[0] * grid[1]) if by_number else sincos_pos_embed(dim, grid)
+    return torch.cat([table.new_zeros(int(class_token), dim), table])[None]
 
 
 def interpolate_pos_embed(table: Tensor, grid_from: Grid, grid_to: Grid) -> Tensor:

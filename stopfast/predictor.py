@@ -9,16 +9,23 @@ from torch import Tensor, nn
 from stopfast.block import (
     Block,
     NormLayer,
+    QkvBias,
     Slots,
-    init_weights,
     norm_config,
     norm_factory,
     require_zero,
 )
 from stopfast.encoder import Masks, as_list
 from stopfast.hub import HubMixin
+from stopfast.initial import Scheme, init_weights, token
 from stopfast.kernels.ops import Noise, Ops, Places, resolve_ops
-from stopfast.pos_embed import Grid, interpolate_pos_embed, sincos_pos_embed, square_grid
+from stopfast.pos_embed import (
+    Grid,
+    Positions,
+    interpolate_pos_embed,
+    position_table,
+    square_grid,
+)
 
 Variant = Literal["ijepa", "stop", "stop_off", "stop_paper"]
 ApplyTo = Literal["masked", "context", "both"]
@@ -50,6 +57,9 @@ class Predictor(nn.Module, HubMixin):
       covariance needs the encoder's and is the default; the fixed one needs the predictor's.
     * ``tie=False``: the noise gets a projection of its own, ``noise_embed``, beside ``predictor_embed``.
     * ``grid_size``: (rows, columns) where the image is not square.
+    * ``out_dim``: width of the predictions, the encoder's by default; as the decoder of MAE and Beyond
+      Masking, the numbers of a patch. ``class_token``, ``positions``, ``init`` as in the encoder; with
+      a class token, ``x`` begins with it. ``embed_bias=False`` projects without a bias.
     * ``init_rescale``, ``checkpointing``, ``skip_unused``, ``ops``: as in the encoder.
 
     Raises:
@@ -71,7 +81,7 @@ class Predictor(nn.Module, HubMixin):
         depth: int = 6,
         num_heads: int = 12,
         mlp_ratio: float = 4.0,
-        qkv_bias: bool = True,
+        qkv_bias: QkvBias = True,
         qk_scale: float | None = None,
         drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
@@ -88,6 +98,11 @@ class Predictor(nn.Module, HubMixin):
         noise_dim: NoiseDim | None = None,
         tie: bool = True,
         grid_size: Grid | None = None,
+        out_dim: int | None = None,
+        class_token: bool = False,
+        positions: Positions = "2d",
+        embed_bias: bool = True,
+        init: Scheme = "normal",
         include_mask_token: bool | None = None,  # accepted and unused, as published
         init_rescale: bool = False,
         checkpointing: bool = False,
@@ -120,17 +135,17 @@ class Predictor(nn.Module, HubMixin):
         self.ops = resolve_ops(ops)
 
         self.predictor_embed = nn.Linear(
-            embed_dim, predictor_embed_dim, bias=self.variant != "stop_paper"
+            embed_dim, predictor_embed_dim, bias=embed_bias and self.variant != "stop_paper"
         )
         # A parameter that nothing reads must not be trainable: DDP would wait for its gradient.
-        self.mask_token = nn.Parameter(
-            nn.init.trunc_normal_(torch.empty(1, 1, predictor_embed_dim), std=init_std),
-            requires_grad=self.variant in ("ijepa", "stop_paper"),
+        self.mask_token = token(predictor_embed_dim, init_std, init).requires_grad_(
+            self.variant in ("ijepa", "stop_paper")
         )
-        positions = sincos_pos_embed(predictor_embed_dim, self.grid_size)[None]
+        self.class_token = class_token
+        table = position_table(predictor_embed_dim, self.grid_size, positions, class_token)
         if learned_pos_emb:
-            positions = torch.randn_like(positions) * 0.02
-        self.predictor_pos_embed = nn.Parameter(positions, requires_grad=learned_pos_emb)
+            table = torch.randn_like(table) * 0.02
+        self.predictor_pos_embed = nn.Parameter(table, requires_grad=learned_pos_emb)
         self.noise_embed = None
         if stochastic and cov == "learned" and not tie:
             self.noise_embed = nn.Linear(self.noise_channels, predictor_embed_dim, bias=False)
@@ -148,8 +163,10 @@ class Predictor(nn.Module, HubMixin):
             for _ in range(depth)
         )
         self.predictor_norm = norm(predictor_embed_dim)
-        self.predictor_proj = nn.Linear(predictor_embed_dim, embed_dim)
-        init_weights(self, self.predictor_blocks, init_std, init_rescale)
+        self.predictor_proj = nn.Linear(predictor_embed_dim, out_dim or embed_dim)
+        # The published Beyond Masking leaves this one layer at torch's default.
+        self.predictor_embed.keeps_default = init == "truncated"  # type: ignore[assignment]
+        init_weights(self, self.predictor_blocks, init_std, init_rescale, init)
         self._remember(norm_layer=norm_config(self.predictor_norm))
 
     def forward(
@@ -163,11 +180,13 @@ class Predictor(nn.Module, HubMixin):
         seed: Tensor | int | None = None,
         sample_ids: Tensor | None = None,
         lengths: Tensor | None = None,
+        whole: bool = False,
     ) -> Tensor:
         """Predict the features at each target mask from each context.
 
         Args:
-            x: [E * B, Kx, D] context features in the order (context mask, image).
+            x: [E * B, Kx, D] context features in the order (context mask, image); [E * B, 1 + Kx, D] with
+                a class token, which comes first.
             masks_x: E context index tensors int64 [B, Kx], or one.
             masks: M target index tensors int64 [B, Ky], or one.
             noise: explicit draws for the queries, one [E * B, Ky, noise channels] for each target mask,
@@ -184,16 +203,23 @@ class Predictor(nn.Module, HubMixin):
                 see :func:`stopfast.buckets.pad_to_bucket`. The others may be anything in ``x``; they
                 influence nothing, and what is predicted for them is to be ignored. Noise is the same
                 as without them; explicit draws have a row for them too.
+            whole: return the predictions of the context as well, before those of the queries.
 
         Returns:
-            [M * E * B, Ky, D] in the order (target mask, context mask, image).
+            [M * E * B, Ky, D] in the order (target mask, context mask, image); [M * E * B, Kx + Ky, D] with
+            ``whole``. A class token is left out.
 
         Raises:
             ValueError: shapes that do not fit each other, or draws for tokens that take no noise.
         """
         masks_x, masks = as_list(masks_x), as_list(masks)
-        self._check(x, masks_x, masks)
-        index = torch.stack(masks)
+        first = int(self.class_token)
+        self._check(x, masks_x, masks, first)
+        index, context = torch.stack(masks) + first, torch.cat(masks_x)
+        if first:
+            context = nn.functional.pad(
+                context + 1, (1, 0)
+            )  # row 0 of the table is the class token's
         query_noise = self._explicit(
             "noise", noise, self.noisy_queries, (len(masks), *x.shape[:1], index.shape[2])
         )
@@ -231,33 +257,39 @@ class Predictor(nn.Module, HubMixin):
         # What stands in for the missing content of a query: in published StoP the projection's bias.
         offset = {"stop": bias, "stop_off": None}.get(self.variant, self.mask_token.view(-1))
         slots = Slots.of(lengths, x.shape[1])
-        places = Places(torch.cat(masks_x), index, lengths)
+        places = Places(context, index, lengths)
         tokens = self.ops.predictor_tokens(
             x, places, weight, bias, self.predictor_pos_embed[0], offset, draws
         )
-        predicted = self._predict(tokens, len(x), x.shape[1], slots)
-        return self.predictor_proj(self.predictor_norm(predicted))
+        kept = x.shape[1]
+        predicted = self._predict(tokens, len(x), kept, slots, whole)
+        return self.predictor_proj(
+            self.predictor_norm(predicted[:, first:] if whole else predicted)
+        )
 
     def resize_positions(self, grid: Grid) -> None:
         """Replace the position table by one for another grid, interpolated from it.
 
         The parameter is a new one: an optimiser that holds learned positions has to be made after this.
         """
-        table = interpolate_pos_embed(self.predictor_pos_embed.data, self.grid_size, grid)
+        first, patches = self.predictor_pos_embed.data.split(
+            [int(self.class_token), self.grid_size[0] * self.grid_size[1]], dim=1
+        )
+        table = torch.cat([first, interpolate_pos_embed(patches, self.grid_size, grid)], dim=1)
         self.predictor_pos_embed = nn.Parameter(
             table, requires_grad=self.predictor_pos_embed.requires_grad
         )
         self.grid_size = grid
         self._remember(grid_size=grid, num_patches=grid[0] * grid[1])
 
-    def _check(self, x: Tensor, masks_x: list[Tensor], masks: list[Tensor]) -> None:
+    def _check(self, x: Tensor, masks_x: list[Tensor], masks: list[Tensor], first: int) -> None:
         shapes_x, shapes = [tuple(m.shape) for m in masks_x], [tuple(m.shape) for m in masks]
         for name, got in (("masks_x", shapes_x), ("masks", shapes)):
             # Compared one by one: a set would hash the lengths, and a compiler then fixes them.
             if not got or len(got[0]) != 2 or any(shape != got[0] for shape in got):
                 raise ValueError(f"expected {name} of one shape (B, K), got {got}")
         batch, kept = shapes_x[0]
-        expected = (len(masks_x) * batch, kept, self.embed_dim)
+        expected = (len(masks_x) * batch, first + kept, self.embed_dim)
         if tuple(x.shape) != expected or shapes[0][0] != batch:
             raise ValueError(
                 f"expected x {expected} and target masks of {batch} images for context masks "
@@ -291,9 +323,15 @@ class Predictor(nn.Module, HubMixin):
             return torch.tensor([seed, 0], dtype=torch.int64, device=device)
         return seed.to(device)
 
-    def _predict(self, x: Tensor, contexts: int, kept: int, slots: Slots | None) -> Tensor:
-        """Run the blocks on the sequences of every target mask; return the queries' rows."""
+    def _predict(
+        self, x: Tensor, contexts: int, kept: int, slots: Slots | None, whole: bool
+    ) -> Tensor:
+        """Run the blocks on the sequences of every target mask; return the queries' rows, or all."""
         depth = len(self.predictor_blocks)
+        if whole:
+            for block in self.predictor_blocks:
+                x = block(x, slots=slots)
+            return x
         if depth == 0:
             return x[:, kept:]
         first, *others = self.predictor_blocks

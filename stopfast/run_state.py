@@ -40,7 +40,7 @@ _FREE: Free = {
         "wandb",
     ),
     # Which images there are is told by their fingerprint, wherever they lie; what decodes, by its name.
-    "data": ("root", "threads", "loader", "hardware_share", "broken", "max_broken"),
+    "data": ("root", "digits", "threads", "loader", "hardware_share", "broken", "max_broken"),
     "step": (
         "fast",
         "ops",

@@ -34,6 +34,10 @@ class Cosine:
     """Step from which the cosine no longer counts; None for never."""
     fix_strategy: FixStrategy = "const"
     """What happens from ``fix_step`` on."""
+    counted_before: int = 0
+    """Subtracted from the step first: 1 for programs whose first update has passed no step."""
+    warmup_arrives: bool = False
+    """Whether the warm-up's last step has the full value, one step before the cosine begins."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.warmup_steps < self.total_steps:
@@ -49,9 +53,11 @@ class Cosine:
 
     def __call__(self, step: int) -> float:
         """Return the value of optimiser step ``step`` = 1, 2, ..."""
+        step -= self.counted_before
         if step < self.warmup_steps:
             assert self.start is not None
-            return self.start + step / self.warmup_steps * (self.reference - self.start)
+            length = max(1, self.warmup_steps - self.warmup_arrives)
+            return self.start + step / length * (self.reference - self.start)
         if self.fix_step is not None and step >= self.fix_step:
             fixed = self._curve(self.fix_step)
             if self.fix_strategy == "const":

@@ -5,6 +5,7 @@ import time
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -17,7 +18,7 @@ from stopfast.data.loader import TrainPlan, resolve_loader, train_batches
 from stopfast.data.scan import usable_images
 from stopfast.journal import STEPS, Journal, open_sinks, require_sinks
 from stopfast.monitors import Monitors
-from stopfast.objectives.jepa import Jepa
+from stopfast.objectives import Objective
 from stopfast.progress import (
     Meter,
     Stopped,
@@ -41,7 +42,7 @@ class _Run:
     images: Images
     plan: TrainPlan
     data: DataState
-    objective: Jepa
+    objective: Objective[Any]
     step: TrainStep
     done: int = 0
     """Steps that the weights have taken."""
@@ -92,8 +93,7 @@ def pretrain(config: Config, console: Console) -> Path:
         console.print(
             f"{len(run.images):,} images of {len(run.images.classes)} classes decoded by "
             f"{run.data.loader}, {run.plan.steps_per_epoch} steps an epoch, {run.last_step} steps, "
-            f"{config.noise.variant} on {run.step.device}, {config.step.precision}, "
-            f"ops {run.objective.ops.name}"
+            f"{config.preset} on {run.step.device}, {config.step.precision}, ops {config.step.ops}"
         )
         if not run.done and (run.output / STEPS).exists():
             console.print(f"no checkpoint in {run.output}: its record is begun anew")
@@ -114,8 +114,9 @@ def _begin(config: Config, console: Console) -> _Run:
     check_settings(config, device)
     config = with_data(config)
     images = usable_images(training_images(config), config.data, console=console)
-    plan = TrainPlan(len(images), config.data.batch_size, config.data.transforms, config.run.seed)
-    objective = build_objective(config, plan.steps_per_epoch)
+    steps_per_epoch = len(images) // config.data.batch_size
+    objective = build_objective(config, max(1, steps_per_epoch))
+    plan = TrainPlan(len(images), config.data.batch_size, objective.transforms, config.run.seed)
     return _Run(
         config=config,
         console=console,
@@ -136,7 +137,7 @@ def with_data(config: Config) -> Config:
     """
     if config.data.root is not None:
         return config
-    if config.preset != "demo":
+    if not config.data.digits:
         raise ValueError(f"expected --data.root, a folder of images, for preset {config.preset!r}")
     return replace(config, data=replace(config.data, root=digits_folder(Path("runs") / "digits")))
 

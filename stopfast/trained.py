@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from stopfast.build import build_encoder, build_predictor, seeded
 from stopfast.checkpoint import load_checkpoint, load_weights, newest_checkpoint
 from stopfast.config import Config, from_document
 from stopfast.encoder import VisionTransformer
+from stopfast.networks import build_encoder, build_predictor, seeded
 from stopfast.predictor import Predictor
 
 Which = Literal["target_encoder", "encoder"]

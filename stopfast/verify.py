@@ -17,9 +17,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from stopfast.build import build_objective, build_step, seeded
+from stopfast.build import build_jepa, build_step
 from stopfast.checkpoint import load_checkpoint, load_weights, newest_checkpoint
 from stopfast.config import Config, from_document
+from stopfast.networks import seeded
 from stopfast.objectives.jepa import Jepa
 from stopfast.presets import PRESETS
 from stopfast.published_yaml import from_yaml
@@ -159,7 +160,7 @@ def _arm(config: Config, name: str, checkpoint: Path | None, device: torch.devic
         config, step=step, optim=replace(config.optim, optimizer="adamw_ema" if fused else "torch")
     )
     # Schedules need the length of an epoch; any will do, since it is the same for all.
-    objective = build_objective(chosen, steps_per_epoch=1000)
+    objective = build_jepa(chosen, steps_per_epoch=1000)
     if checkpoint is not None:
         path = newest_checkpoint(checkpoint)
         tensors, _ = load_checkpoint(path)

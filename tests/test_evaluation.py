@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from stopfast.build import build_encoder, build_predictor, seeded
+from stopfast.networks import build_encoder, build_predictor, seeded
 from stopfast.checkpoint import CheckpointError, save_checkpoint
 from stopfast.config import Config, DataConfig, ModelConfig, Transforms, to_document
 from stopfast.evaluation import features, telling

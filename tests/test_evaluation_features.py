@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from stopfast.build import build_encoder
+from stopfast.networks import build_encoder
 from stopfast.config import Config, DataConfig, ModelConfig, Transforms
 from stopfast.data.images import open_images
 from stopfast.encoder import VisionTransformer

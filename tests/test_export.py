@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stopfast import VisionTransformer, load_published
-from stopfast.build import build_encoder, build_predictor, seeded
+from stopfast.networks import build_encoder, build_predictor, seeded
 from stopfast.checkpoint import CheckpointError, save_checkpoint
 from stopfast.config import (
     DataConfig,

@@ -20,6 +20,7 @@ from stopfast.config import StepConfig, Transforms
 from stopfast.objectives.jepa import Jepa
 from stopfast.optim import (
     OptimizerRecipe,
+    UpdateRule,
     clip_gradients,
     parameter_groups,
     set_scalars,
@@ -42,13 +43,13 @@ def build(skip_unused: bool = True, masks: dict | None = None, **settings: Any) 
         ),
         MultiBlockMasks(grid=(6, 6), **{"min_keep": 3, **(masks or {})}),
         transforms=Transforms(),
-        **{
-            "lr": lambda step: 1e-3,
-            "weight_decay": lambda step: 0.04,
-            "momentum": lambda step: 0.9,
-            "skip_unused": skip_unused,
-            **settings,
-        },
+        update=UpdateRule(
+            lr=lambda step: 1e-3,
+            weight_decay=lambda step: 0.04,
+            momentum=settings.pop("momentum", lambda step: 0.9),
+            clip=settings.pop("clip", "none"),
+        ),
+        **{"skip_unused": skip_unused, **settings},
     )
 
 
@@ -298,16 +299,16 @@ def test_clipping_of_the_encoder_alone():
 def test_parts_must_fit():
     predictor = Predictor(36, 32, 16, 1, 2)
     encoder = VisionTransformer(img_size=[48], patch_size=8, embed_dim=32, depth=1, num_heads=2)
-    schedule = dict.fromkeys(("lr", "weight_decay", "momentum"), lambda step: 0.0)
+    update = UpdateRule(lr=lambda step: 0.0, weight_decay=lambda step: 0.0)
     with pytest.raises(ValueError, match="one grid"):
-        Jepa(encoder, predictor, MultiBlockMasks(), transforms=Transforms(), **schedule)
+        Jepa(encoder, predictor, MultiBlockMasks(), transforms=Transforms(), update=update)
     with pytest.raises(ValueError, match="width 32"):
         Jepa(
             encoder,
             Predictor(36, 64, 16, 1, 2),
             MultiBlockMasks(grid=(6, 6), min_keep=3),
             transforms=Transforms(),
-            **schedule,
+            update=update,
         )
     with pytest.raises(ValueError, match="3 divides"):
         TrainStep(build(), StepConfig(accumulate=3))(images(), 1)

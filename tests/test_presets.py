@@ -6,8 +6,9 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from stopfast.build import build_encoder, build_objective, build_predictor
+from stopfast.build import build_objective
 from stopfast.config import Config, ModelConfig
+from stopfast.networks import build_encoder, build_predictor
 from stopfast.presets import PRESETS
 from tests.golden_files import golden
 
@@ -60,7 +61,7 @@ def test_published_values(name):
         facts[key] for key in ("patch", "width", "depth", "heads")
     )
     assert model.predictor_depth == facts["predictor_depth"]
-    assert (model.predictor_embed_dim, model.target_blocks) == (384, 1)
+    assert (model.predictor_embed_dim, config.jepa.target_blocks) == (384, 1)
     assert not model.init_rescale
     assert (optim.epochs, optim.clip, optim.ipe_scale) == (facts["epochs"], "none", 1)
     assert optim.fix_lr_strategy == optim.fix_wd_strategy == "const"
@@ -73,7 +74,7 @@ def test_published_values(name):
     assert (images.flip, images.gray, images.blur) == ((0.5, 0.2, 0.5) if stop else (0, 0, 0))
     assert (images.size, images.crop_scale) == ((facts["side"],) * 2, (0.3, 1.0))
     assert images.crop_ratio == (3 / 4, 4 / 3) and images.blur_radius == (0.1, 2.0)
-    assert asdict(config.mask) == {
+    assert asdict(config.jepa.mask) == {
         "enc_mask_scale": (0.85, 1.0),
         "pred_mask_scale": (0.15, 0.2),
         "aspect_ratio": (0.75, 1.5),
@@ -213,5 +214,10 @@ def test_corrected_twin_differs_in_the_named_switches_alone(name):
         base,
         preset=f"{name}-corrected",
         model=replace(base.model, init_rescale=True),
-        mask=replace(base.mask, edge_inclusive=True, truncate="random", truncate_over="global"),
+        objective=replace(
+            base.jepa,
+            mask=replace(
+                base.jepa.mask, edge_inclusive=True, truncate="random", truncate_over="global"
+            ),
+        ),
     )

@@ -18,6 +18,7 @@ from stopfast.checkpoint import save_checkpoint
 from stopfast.config import (
     Config,
     DataConfig,
+    JepaConfig,
     MaskConfig,
     ModelConfig,
     NoiseConfig,
@@ -41,7 +42,7 @@ def settings(variant: str = "stop", **model: int) -> Config:
         data=DataConfig(batch_size=8, loader="pil", transforms=Transforms(size=(32, 32))),
         model=ModelConfig(**{**sizes, "predictor_depth": 1, **model}),
         noise=NoiseConfig(variant=variant),  # type: ignore[arg-type]
-        mask=MaskConfig(min_keep=1),
+        objective=JepaConfig(mask=MaskConfig(min_keep=1)),
     )
 
 
@@ -81,7 +82,12 @@ def images(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("edge_inclusive", [False, True])
 def test_coverage_counts_patches(edge_inclusive):
     config = settings()
-    config = replace(config, mask=replace(config.mask, edge_inclusive=edge_inclusive))
+    config = replace(
+        config,
+        objective=replace(
+            config.jepa, mask=replace(config.jepa.mask, edge_inclusive=edge_inclusive)
+        ),
+    )
     masks = build_masks(config)
     found = measures.coverage(masks, 8, 3)
     for share, which in zip(found, ("context", "target"), strict=True):

@@ -32,7 +32,7 @@ def small(**changes):
         config,
         model=replace(model, **changes.get("model", {})),
         noise=replace(config.noise, **changes.get("noise", {})),
-        mask=replace(config.mask, **changes.get("mask", {})),
+        objective=replace(config.jepa, mask=replace(config.jepa.mask, **changes.get("mask", {}))),
     )
 
 

@@ -18,7 +18,7 @@ NAMES = [
 MAY_CHANGE = {
     "run": {"output", "resume", "dry_run", "device", "log_every", "checkpoint_every", "tensorboard"}
     | {"wandb"},
-    "data": {"root", "threads", "loader", "hardware_share", "broken", "max_broken"},
+    "data": {"root", "digits", "threads", "loader", "hardware_share", "broken", "max_broken"},
     "step": {"fast", "ops", "attention", "compile", "skip_unused", "bucket", "ahead", "copies"}
     | {"target_stream", "graphs"},
     "optim": {"optimizer"},

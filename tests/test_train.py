@@ -319,9 +319,9 @@ def test_one_process_a_run(workplace, capsys):
 
 @pytest.mark.parametrize("preset", list(PRESETS))
 def test_dry_run_prints_the_settings(preset, workplace, capsys):
-    assert main(["pretrain", preset, "--dry-run", "--mask.npred", "3"]) == 0
+    assert main(["pretrain", preset, "--dry-run", "--objective.mask.npred", "3"]) == 0
     document = json.loads(capsys.readouterr().out)
-    assert document["mask"]["npred"] == 3 and from_document(Config, document).preset == preset
+    assert document["objective"]["mask"]["npred"] == 3 and from_document(Config, document).preset == preset
 
 
 @pytest.mark.parametrize(
@@ -331,10 +331,10 @@ def test_dry_run_prints_the_settings(preset, workplace, capsys):
         (["pretrain", "cifar10", "--data.root", "absent"], "absent, which is not there"),
         (["pretrain", "demo", "--optim.epochs", "0"], "epochs"),
         (["pretrain", "demo", "--step.accumulate", "3"], "accumulate=3"),
-        (["pretrain", "demo", "--mask.min-keep", "60"], "min_keep=60"),
+        (["pretrain", "demo", "--objective.mask.min-keep", "60"], "min_keep=60"),
         (["pretrain", "demo", "--model.patch-size", "5"], "patch size 5"),
         (["pretrain", "demo", "--model.depth", "0"], "depth"),
-        (["pretrain", "demo", "--model.target-blocks", "9"], "target_blocks"),
+        (["pretrain", "demo", "--objective.target-blocks", "9"], "target_blocks"),
         (["pretrain", "demo", "--run.device", "cuda"], "CUDA"),
         (["pretrain", "demo", "--model.colour", "blue"], "colour"),
         (["pretrain", "demo", "--preset", "cifar10"], "preset"),

@@ -12,10 +12,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stopfast.build import build_encoder, build_masks, build_predictor, seeded
+from stopfast.build import build_masks
 from stopfast.config import (
     Config,
     DataConfig,
+    JepaConfig,
     MaskConfig,
     ModelConfig,
     NoiseConfig,
@@ -25,6 +26,7 @@ from stopfast.config import (
 )
 from stopfast.kernels.noise import positional_noise
 from stopfast.masking import Masks
+from stopfast.networks import build_encoder, build_predictor, seeded
 from stopfast.presets import PRESETS
 
 Precision = Literal["fp32", "bf16"]
@@ -46,7 +48,7 @@ def _toy() -> Config:
             predictor_depth=2,
         ),
         noise=NoiseConfig(variant="stop", noise_var=0.7),
-        mask=MaskConfig(min_keep=4),
+        objective=JepaConfig(mask=MaskConfig(min_keep=4)),
         optim=OptimConfig(),
     )
 
@@ -210,7 +212,7 @@ def _identity(config: Config) -> dict[str, str]:
         "patch_size": model.patch_size,
         "images": config.data.batch_size,
         "seed": config.run.seed,
-        "mask": asdict(config.mask),
+        "mask": asdict(config.jepa.mask),
     }
     return {"problem": json.dumps(what, sort_keys=True)}
 

@@ -43,6 +43,14 @@ class Objective(Protocol[Draws]):
         """Patch features [B, N, D] of images, as evaluation takes them: what monitors watch."""
         ...
 
+    def outputs(self, images: Tensor, draws: Draws) -> dict[str, Tensor]:
+        """What ``loss`` computes on its way, by name: what a verification compares."""
+        ...
+
+    def measures(self, images: Tensor, draws: Draws) -> dict[str, Tensor]:
+        """Scalars that tell more than the loss, by name: what monitors write down. May be empty."""
+        ...
+
     def scalars(self, step: int) -> dict[str, float]:
         """``lr``, ``weight_decay`` and, with teachers, ``momentum`` of a step."""
         ...

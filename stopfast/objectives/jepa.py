@@ -1,7 +1,6 @@
 """I-JEPA and StoP: predict a slow copy's features of masked blocks from the features of the rest."""
 
 import copy
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -10,14 +9,13 @@ from torch import Tensor, nn
 
 from stopfast.buckets import pad_to_bucket
 from stopfast.config import Transforms
+from stopfast.degradations import Degradation
 from stopfast.encoder import VisionTransformer
 from stopfast.kernels.ops import Ops, resolve_ops
 from stopfast.masking import Masks, MultiBlockMasks
-from stopfast.optim import Clip, OptimizerRecipe, parameter_groups
+from stopfast.optim import OptimizerRecipe, UpdateRule
 from stopfast.predictor import Predictor
 from stopfast.transfers import SideStream, filled_pair
-
-Schedule = Callable[[int], float]
 
 
 class JepaDraws(NamedTuple):
@@ -31,6 +29,8 @@ class JepaDraws(NamedTuple):
     noise: list[Tensor] | None = None
     """Explicit, scaled draws for each target mask, padding included, instead of the seed's; for
     comparisons."""
+    degradation: Tensor | None = None
+    """What the degradation of the context image drew."""
 
 
 class Jepa:
@@ -43,10 +43,12 @@ class Jepa:
         predictor: as wide as the encoder.
         masks: sampler on the encoder's grid.
         transforms: the images' transforms.
-        lr, weight_decay, momentum: schedules of the step 1, 2, ...
+        update: schedules, with a momentum, and clipping.
+        degradation: what the context encoder sees of an image; the target encoder sees all of it. None for
+            the image as it is.
         target_blocks: average the target encoder's last this many blocks.
         seed: the run's seed.
-        clip, clip_norm, clip_encoder_only: gradient clipping.
+        clip_encoder_only: clip the encoder's gradients alone.
         skip_unused: compute the target encoder's last block for the wanted tokens only.
         bucket: pad masks to multiples of this; see :func:`stopfast.buckets.pad_to_bucket`. 1 for none.
             The loss and its gradients are the same.
@@ -64,13 +66,10 @@ class Jepa:
         masks: MultiBlockMasks,
         *,
         transforms: Transforms,
-        lr: Schedule,
-        weight_decay: Schedule,
-        momentum: Schedule,
+        update: UpdateRule,
+        degradation: Degradation | None = None,
         target_blocks: int = 1,
         seed: int = 0,
-        clip: Clip = "none",
-        clip_norm: float = 1.0,
         clip_encoder_only: bool = False,
         skip_unused: bool = True,
         bucket: int = 1,
@@ -82,6 +81,8 @@ class Jepa:
         grids = encoder.patch_embed.grid, predictor.grid_size, masks.grid
         if len(set(grids)) != 1:
             raise ValueError(f"expected one grid for encoder, predictor and masks, got {grids}")
+        if encoder.cls_token is not None or predictor.class_token:
+            raise ValueError("expected encoder and predictor without a class token")
         if encoder.embed_dim != predictor.embed_dim:
             raise ValueError(
                 f"expected a predictor of the encoder's width {encoder.embed_dim}, "
@@ -90,10 +91,10 @@ class Jepa:
         self.encoder, self.predictor, self.masks = encoder, predictor, masks
         self.target_encoder = copy.deepcopy(encoder).requires_grad_(False)
         self.transforms = transforms
-        self._lr, self._weight_decay, self._momentum = lr, weight_decay, momentum
+        self.update, self.degradation = update, degradation
+        self._clipped = [encoder] if clip_encoder_only else [encoder, predictor]
         self.target_blocks = target_blocks
         self.seed = seed
-        self._clip: tuple[Clip, float, bool] = (clip, clip_norm, clip_encoder_only)
         self.skip_unused, self.bucket = skip_unused, bucket
         self._beside = SideStream() if target_stream else None
         self.ops = resolve_ops(ops)
@@ -114,7 +115,9 @@ class Jepa:
         if self.bucket > 1:
             masks = pad_to_bucket(masks, self.bucket, self.encoder.patch_embed.num_patches)
         seed = filled_pair(self.seed, step, device, torch.int64)
-        return JepaDraws(masks, seed, torch.arange(part.start, part.stop, device=device))
+        ids = torch.arange(part.start, part.stop, device=device)
+        degraded = None if self.degradation is None else self.degradation.draws(seed, ids)
+        return JepaDraws(masks, seed, ids, degradation=degraded)
 
     def loss(self, images: Tensor, draws: JepaDraws) -> Tensor:
         """Mean smooth-L1 over all predictions; see ``target_smooth_l1``.
@@ -122,13 +125,35 @@ class Jepa:
         Raises:
             ValueError: ``target_stream`` for images that are not on a GPU.
         """
-        context, target, lengths = draws.masks
+        seen, whole = self._seen(images, draws)
         beside = self._beside
         with nullcontext() if beside is None else beside.beside(images.device, after=True):
-            features, index = self.target_features(images, target)
-        x = self.encoder(images, context, lengths=lengths)
+            features, index = self.target_features(whole, draws.masks.target)
+        _, prediction = self._predict(seen, draws)
+        if beside is not None:
+            beside.join(images.device)
+        return self.ops.target_smooth_l1(prediction, features, index, draws.masks.lengths)
+
+    def outputs(self, images: Tensor, draws: JepaDraws) -> dict[str, Tensor]:
+        """The context's features and the predictions."""
+        features, prediction = self._predict(self._seen(images, draws)[0], draws)
+        return {"encoder features": features, "predictions": prediction}
+
+    def measures(self, images: Tensor, draws: JepaDraws) -> dict[str, Tensor]:
+        """Nothing: the features tell more than the loss."""
+        return {}
+
+    def _seen(self, images: Tensor, draws: JepaDraws) -> tuple[Tensor, Tensor]:
+        """What the context encoder sees, and what the target encoder sees."""
+        if self.degradation is None:
+            return images, images
+        return self.degradation.view(images, draws.degradation), self.degradation.whole(images)
+
+    def _predict(self, seen: Tensor, draws: JepaDraws) -> tuple[Tensor, Tensor]:
+        context, target, lengths = draws.masks
+        features = self.encoder(seen, context, lengths=lengths)
         prediction = self.predictor(
-            x,
+            features,
             context,
             target,
             noise=draws.noise,
@@ -136,9 +161,7 @@ class Jepa:
             sample_ids=draws.sample_ids,
             lengths=lengths,
         )
-        if beside is not None:
-            beside.join(images.device)
-        return self.ops.target_smooth_l1(prediction, features, index, lengths)
+        return features, prediction
 
     @torch.no_grad()
     def target_features(self, images: Tensor, target: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -166,19 +189,8 @@ class Jepa:
 
     def optimizer_recipe(self) -> OptimizerRecipe:
         """AdamW with torch's defaults; encoder and predictor, decayed and not."""
-        clip, norm, encoder_only = self._clip
-        clipped = [self.encoder] if encoder_only else [self.encoder, self.predictor]
-        return OptimizerRecipe(
-            groups=parameter_groups([self.encoder, self.predictor]),
-            clip=clip,
-            clip_norm=norm,
-            clipped=[p for module in clipped for p in module.parameters() if p.requires_grad],
-        )
+        return self.update.recipe([self.encoder, self.predictor], self._clipped)
 
     def scalars(self, step: int) -> dict[str, float]:
         """Learning rate, weight decay and EMA momentum."""
-        return {
-            "lr": self._lr(step),
-            "weight_decay": self._weight_decay(step),
-            "momentum": self._momentum(step),
-        }
+        return self.update.scalars(step)

@@ -166,7 +166,7 @@ def retrieve(
     middle = target.shape[1] // 2
     seed = torch.tensor([run.config.run.seed, run.step])
     predicted = run.predictor(run.encoder(images, context), context, target, seed=seed)
-    features = run.target_encoder(images, K=run.config.model.target_blocks).float()
+    features = run.target_encoder(images, K=run.config.jepa.target_blocks).float()
     features = layer_norm(features, features.shape[-1:], eps=1e-5)
     predicted = normalize(predicted[:, middle].float(), dim=-1)
     cosines = (normalize(features, dim=-1) * predicted[:, None]).sum(-1)

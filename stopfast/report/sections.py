@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from stopfast.build import build_masks, build_objective
+from stopfast.build import build_jepa, build_masks
 from stopfast.config import Config
 from stopfast.masking import Masks
 from stopfast.monitors import LEAST_STD, LEAST_VARIANCE
@@ -103,7 +103,10 @@ def mask_section(group: Group) -> Section:
         )
         figure = pictures.draw_masks(pixels, drawn, masks.grid)
         parts.append(_picture(figure, "example masks", caption))
-    kinds = {name: replace(config, mask=mask) for name, mask in _mask_kinds(config).items()}
+    kinds = {
+        name: replace(config, objective=replace(config.jepa, mask=mask))
+        for name, mask in _mask_kinds(config).items()
+    }
     coverages = {
         name: measures.coverage(build_masks(kind), _cut_over(kind), _COVERAGE_BATCHES)
         for name, kind in kinds.items()
@@ -249,7 +252,7 @@ def _cosines(group: Group, noisy: Mapping[str, Predictor]) -> Picture:
 
 def _mask_kinds(config: Config) -> dict[str, Any]:
     """The masks as published, mended, and, where they are neither, those of the settings."""
-    mask = config.mask
+    mask = config.jepa.mask
     kinds = {
         "faithful": replace(mask, edge_inclusive=False, truncate="first", truncate_over="local"),
         "corrected": replace(mask, edge_inclusive=True, truncate="random", truncate_over="global"),
@@ -259,7 +262,7 @@ def _mask_kinds(config: Config) -> dict[str, Any]:
 
 def _cut_over(config: Config) -> int:
     """How many images' contexts are cut to one length: a step's, or a micro-batch's."""
-    part = 1 if config.mask.truncate_over == "global" else config.step.accumulate
+    part = 1 if config.jepa.mask.truncate_over == "global" else config.step.accumulate
     return config.data.batch_size // part
 
 
@@ -272,7 +275,7 @@ def _first_masks(config: Config, count: int) -> tuple[Masks, int]:
 
 def _start(config: Config) -> Predictor:
     """Return the predictor that a run began with; the length of its epochs plays no part."""
-    return build_objective(config, steps_per_epoch=1).predictor
+    return build_jepa(config, steps_per_epoch=1).predictor
 
 
 def _picture(

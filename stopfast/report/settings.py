@@ -54,7 +54,7 @@ def full_table(runs: Mapping[str, TrainedRun]) -> Table:
 
 def mask_kind(config: Config) -> str:
     """Say whether masks are as published, mended, or something between."""
-    mask = config.mask
+    mask = config.jepa.mask
     switches = (mask.edge_inclusive, mask.truncate == "random", mask.truncate_over == "global")
     return "corrected" if all(switches) else "mixed" if any(switches) else "faithful"
 

@@ -185,7 +185,7 @@ class Bucketed(Compiled):
     def _weight(self, targets: int) -> float:
         """What makes the sum over real targets the mean of all their elements."""
         config = self.workload.config
-        sequences = self.workload.images * config.mask.nenc * config.mask.npred
+        sequences = self.workload.images * config.jepa.mask.nenc * config.jepa.mask.npred
         return 1.0 / (sequences * targets * config.model.embed_dim)
 
     def _allocate(self, context: int, target: int) -> Lengths:

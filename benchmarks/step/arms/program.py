@@ -42,7 +42,7 @@ def build_networks(
     """
     config = workload.config
     model, noise = config.model, config.noise
-    if noise.variant != "stop" or noise.apply_to != "masked" or model.target_blocks != 1:
+    if noise.variant != "stop" or noise.apply_to != "masked" or config.jepa.target_blocks != 1:
         raise ValueError(f"expected the published StoP, got {noise} and {model}")
     side = config.data.transforms.size[0]
     encoder = partial(
