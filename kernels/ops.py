@@ -19,13 +19,13 @@ from stopfast.kernels.arguments import (
     Places,
     Smoothing,
 )
-from stopfast.kernels.noise import uniform
+from stopfast.kernels.noise import positional_noise, uniform
 from stopfast.kernels.reference_losses import position_map
 
 __all__ = [
     "AUTO", "EAGER", "FAILURES_PER_TARGET", "FUSED", "MASK_STREAM", "AdamWBuffers", "MaskSettings",
-    "Noise", "Ops", "PatchTarget", "Places", "Smoothing", "ops_on", "position_map", "resolve_ops",
-    "uniform",
+    "Noise", "Ops", "PatchTarget", "Places", "Smoothing", "ops_on", "position_map", "positional_noise",
+    "resolve_ops", "uniform",
 ]  # fmt: skip
 
 
