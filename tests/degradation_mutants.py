@@ -64,8 +64,8 @@ MUTANTS = (
         44,
         "every patch of the middle counts",
         ZOOMED,
-        "ops.patch_mse(predicted, self.view(images).contiguous(), masked,",
-        "ops.patch_mse(patchify(self.view(field), size), self.view(images).contiguous(), None,",
+        "ops.patch_mse(predicted, self.view(images), masked,",
+        "ops.patch_mse(patchify(self.view(field), size), self.view(images), None,",
     ),
     Mutant(
         44,

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks.engine.agreement import relative_error
 from stopfast.config import DegradeConfig, Transforms
 from stopfast.degradations import (
     Blurred,
@@ -22,7 +23,8 @@ from stopfast.degradations import (
     ZoomedOut,
     degradation,
 )
-from stopfast.kernels.ops import EAGER, PatchTarget
+from stopfast.kernels.ops import EAGER, FUSED, PatchTarget
+from tests.golden_files import TOLERANCE
 
 EPS = tuple(1e-6 / std for std in Transforms().std)  # 1e-6 of pixels that are not normalised
 TARGET = PatchTarget(16, "channel", EPS)
@@ -107,7 +109,7 @@ def test_loss_and_gradient_equal_the_definition(kind):
     everything = torch.arange(96).expand(2, -1)
     choices = [(masked, masked), (None, everything)] if made.predicts_all else [(masked, masked)]
     for given, counted in choices:
-        ours, plain = (prediction.clone().requires_grad_() for _ in range(2))
+        ours, plain = prediction.clone().requires_grad_(), prediction.clone().requires_grad_()
         loss = made.loss(ours, images, draws, given, EAGER)
         expected = by_definition(kind, plain, images.detach(), draws, counted)
         torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
@@ -115,6 +117,28 @@ def test_loss_and_gradient_equal_the_definition(kind):
         expected.backward()
         torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-11, atol=1e-15)
         assert images.grad is None  # targets carry none
+
+
+@kinds
+def test_on_the_device_with_fused_operations(kind, device):
+    pytest.importorskip("triton")
+    made, images, prediction, masked = small_case(kind)
+    draws = made.draws(seed(), torch.arange(2))
+    there = None if draws is None else made.draws(seed().to(device), torch.arange(2, device=device))
+    plain = prediction.requires_grad_()
+    expected = by_definition(kind, plain, images, draws, masked)
+    expected.backward()
+    ours = prediction.detach().float().to(device).requires_grad_()
+    pixels = images.float().to(device)
+    loss = made.loss(ours, pixels, there, masked.to(device), FUSED)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=TOLERANCE)
+    assert relative_error(ours.grad.cpu(), plain.grad) < TOLERANCE
+    if draws is not None:
+        torch.testing.assert_close(there.cpu(), draws)
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        seen = made.view(pixels, there).cpu()
+    torch.testing.assert_close(seen, made.view(images.float(), draws), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.spec(41)
@@ -186,18 +210,6 @@ def test_zoomed_in_edges_reach_border_patches_and_the_middle_what_is_masked():
     total = made.loss(prediction, images, None, masked, EAGER)
     torch.testing.assert_close(total, 0.8 * center + 0.2 * edge)
     assert made.loss(prediction, images, None, None, EAGER).isfinite()  # nothing is masked
-
-
-@pytest.mark.spec(45)
-@pytest.mark.parametrize("place", [(0, 0), (5, 9), (63, 63), (0, 31), (63, 0)])
-def test_zoomed_out_is_symmetric_padding(place):
-    left, top = place
-    images = torch.randn(2, 3, 160, 160)
-    expected = np.pad(
-        images.numpy(), ((0, 0), (0, 0), (top, 64 - top), (left, 64 - left)), mode="symmetric"
-    )
-    got = ZoomedOut(SIZE, TARGET).view(images, torch.tensor(place))
-    np.testing.assert_array_equal(got.numpy(), expected)
 
 
 @pytest.mark.spec(45)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from stopfast.config import Transforms
-from stopfast.degradations import ZoomedIn
+from stopfast.degradations import ZoomedIn, ZoomedOut
 from stopfast.degradations.resizing import area_resize, mirror_pad
 from stopfast.kernels.ops import EAGER, PatchTarget
 from stopfast.patches import normalised_patches, patchify, unpatchify
@@ -57,6 +57,18 @@ def test_area_resize_is_adaptive_average_pooling(sides):
     weights = torch.randn_like(got)
     gradients = [torch.autograd.grad(x, images, weights)[0] for x in (got, expected)]
     torch.testing.assert_close(*gradients, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.spec(45)
+@pytest.mark.parametrize("place", [(0, 0), (5, 9), (63, 63), (0, 31), (63, 0)])
+def test_zoomed_out_is_symmetric_padding(place):
+    left, top = place
+    images = torch.randn(2, 3, 160, 160)
+    expected = np.pad(
+        images.numpy(), ((0, 0), (0, 0), (top, 64 - top), (left, 64 - left)), mode="symmetric"
+    )
+    got = ZoomedOut(SIZE, TARGET).view(images, torch.tensor(place))
+    np.testing.assert_array_equal(got.numpy(), expected)
 
 
 def test_the_largest_margin_is_mirrored_to_its_end():

@@ -80,7 +80,7 @@ class ZoomedIn:
         predicted = patchify(self.view(field), size)
         if masked is not None:
             predicted = take_rows(predicted, masked)
-        center = ops.patch_mse(predicted, self.view(images).contiguous(), masked, self.target)
+        center = ops.patch_mse(predicted, self.view(images), masked, self.target)
         truth = self._field(normalised_patches(self.whole(images.detach()), self.target))
         error = (field - truth).square()
         # A weight for each pixel: one pass over the field, where the gradients of slices would take four.
