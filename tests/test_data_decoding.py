@@ -55,9 +55,10 @@ def _shown(images, transforms):
 
 
 @both
-def test_steps_of_decoding(images, loader):
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_steps_of_decoding(images, loader, interpolation):
     """Crop, antialiased resize, flip, grayscale, blur: each as PIL does it, alone and all together."""
-    plan = plan_for(images, AUGMENTED, COUNT)
+    plan = plan_for(images, replace(AUGMENTED, interpolation=interpolation), COUNT)
     (batch,) = train(images, plan, loader)
     assert batch.images.shape == (COUNT, 3, 12, 16) and batch.images.is_contiguous()
     assert batch.images.dtype == torch.float32 and batch.samples.dtype == torch.int64
@@ -71,7 +72,7 @@ def test_steps_of_decoding(images, loader):
         raw, shown, *drawn, strict=True
     ):
         seen = image.crop((left, top, left + width, top + height))
-        seen = seen.resize((16, 12), Image.Resampling.BILINEAR)
+        seen = seen.resize((16, 12), Image.Resampling[interpolation.upper()])
         seen = seen.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else seen
         seen = seen.convert("L").convert("RGB") if gray else seen
         seen = seen.filter(ImageFilter.GaussianBlur(float(sigma))) if sigma > 0 else seen

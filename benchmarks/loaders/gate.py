@@ -121,7 +121,7 @@ def _squares(images: Images, folder: Path, transforms: Transforms) -> Images:
 def _expected(stored: bytes, transforms: Transforms) -> Tensor:
     image = Image.open(io.BytesIO(stored)).convert("RGB")
     height, width = transforms.size
-    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    image = image.resize((width, height), Image.Resampling[transforms.interpolation.upper()])
     if transforms.flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if transforms.gray:

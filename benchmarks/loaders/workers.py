@@ -116,7 +116,12 @@ def _published(transforms: Transforms) -> Callable[[bytes], Tensor]:
     import torchvision.transforms as tv
 
     steps: list[Any] = [
-        tv.RandomResizedCrop(list(transforms.size), transforms.crop_scale, transforms.crop_ratio),
+        tv.RandomResizedCrop(
+            list(transforms.size),
+            transforms.crop_scale,
+            transforms.crop_ratio,
+            tv.InterpolationMode[transforms.interpolation.upper()],
+        ),
         tv.RandomHorizontalFlip(transforms.flip),
         tv.RandomGrayscale(transforms.gray),
         _PillowBlur(transforms),
@@ -153,7 +158,11 @@ def _tensors(transforms: Transforms, normalises: bool) -> Callable[[bytes], Tens
     blur = v2.GaussianBlur(_BLUR_KERNEL, transforms.blur_radius)
     steps: list[nn.Module] = [
         v2.RandomResizedCrop(
-            list(transforms.size), transforms.crop_scale, transforms.crop_ratio, antialias=True
+            list(transforms.size),
+            transforms.crop_scale,
+            transforms.crop_ratio,
+            v2.InterpolationMode[transforms.interpolation.upper()],
+            antialias=True,
         ),
         v2.RandomHorizontalFlip(transforms.flip),
         v2.RandomGrayscale(transforms.gray),

@@ -17,6 +17,8 @@ class Transforms:
     """Area of the random crop, as a share of the photograph."""
     crop_ratio: Range = (3 / 4, 4 / 3)
     """Width over height of the random crop."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """How the crop is resampled; antialiased either way."""
     flip: float = 0.0
     """Probability of a horizontal flip."""
     gray: float = 0.0

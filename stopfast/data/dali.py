@@ -107,6 +107,11 @@ def _pipeline(
     from nvidia.dali.pipeline import pipeline_def
 
     on_gpu = device.type == "cuda"
+    kinds = {
+        "bilinear": types.DALIInterpType.INTERP_LINEAR,
+        "bicubic": types.DALIInterpType.INTERP_CUBIC,
+    }
+    interpolation = kinds[transforms.interpolation]
     decoder: dict[str, Any] = {"device": "cpu"}
     if on_gpu:
         # Chroma upsampled as on the CPU and in PIL, which nvJPEG does otherwise unless told so.
@@ -142,7 +147,7 @@ def _pipeline(
         images = fn.resize(
             images,
             size=transforms.size,
-            interp_type=types.DALIInterpType.INTERP_LINEAR,
+            interp_type=interpolation,
             antialias=True,
         )
         # The mirroring comes last here, for both are blind to it. The inner conditions are splits of the

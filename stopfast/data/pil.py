@@ -65,7 +65,7 @@ class _Decoder:
         copies: torch.cuda.Stream | None,
         threads: int,
     ) -> None:
-        self.images, self.size, self.copies = images, transforms.size, copies
+        self.images, self.transforms, self.copies = images, transforms, copies
         self.mean, self.std = _scale(transforms)
         self.threads = threads
         self.pool = ThreadPoolExecutor(threads, "stopfast-decode")
@@ -99,9 +99,9 @@ class _Decoder:
         count = len(batch.samples)
         # To a GPU go the bytes, a quarter of the numbers.
         out = (
-            host_batch(count, 3, *self.size)
+            host_batch(count, 3, *self.transforms.size)
             if self.copies is None
-            else torch.empty(count, *self.size, 3, dtype=torch.uint8, pin_memory=True)
+            else torch.empty(count, *self.transforms.size, 3, dtype=torch.uint8, pin_memory=True)
         )
         tasks = np.array_split(np.arange(count), min(count, _TASKS * self.threads))
         parts = [self.pool.submit(self._decode, batch, some, out.numpy()) for some in tasks]
@@ -110,7 +110,7 @@ class _Decoder:
     def _decode(self, batch: Encoded, indices: np.ndarray, out: np.ndarray) -> None:
         for index in indices:
             try:
-                pixels = cut(open_stored(batch.data[index]), batch.draws, index, self.size)
+                pixels = cut(open_stored(batch.data[index]), batch.draws, index, self.transforms)
             except ValueError as error:
                 name = self.images.names[batch.samples[index]]
                 raise unreadable(self.images, {name: str(error)}) from None

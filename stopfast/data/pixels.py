@@ -6,6 +6,7 @@ import zlib
 import numpy as np
 from PIL import Image, ImageFilter, UnidentifiedImageError
 
+from stopfast.config import Transforms
 from stopfast.data.draws import Draws
 
 _FORMATS = ("JPEG", "PNG")
@@ -54,18 +55,17 @@ def check_stored(data: bytes) -> None:
         _check_jpeg_header(data)
 
 
-def cut(image: Image.Image, draws: Draws, index: int, size: tuple[int, int]) -> np.ndarray:
+def cut(image: Image.Image, draws: Draws, index: int, transforms: Transforms) -> np.ndarray:
     """Return a training image: cropped, resized, mirrored, grayed and blurred as drawn.
 
-    The resize is PIL's antialiased bilinear (triangular) one, of the crop alone, as torchvision's
-    ``RandomResizedCrop`` does it; the grayscale is ITU-R 601; the radius of PIL's Gaussian blur is its
+    The resize is PIL's antialiased one, of the crop alone, as torchvision's ``RandomResizedCrop`` does it; the grayscale is ITU-R 601; the radius of PIL's Gaussian blur is its
     standard deviation.
 
     Args:
         image: from :func:`open_stored`.
         draws: of a batch.
         index: which of the batch this image is.
-        size: height and width of the result.
+        transforms: size of the result, and how it is resampled.
 
     Returns:
         uint8 [H, W, 3].
@@ -78,7 +78,9 @@ def cut(image: Image.Image, draws: Draws, index: int, size: tuple[int, int]) -> 
         image = to_rgb(image.crop((left, top, left + width, top + height)))
     except Exception as error:
         raise ValueError(f"{type(error).__name__}: {error}") from None
-    image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+    new_height, new_width = transforms.size
+    resampling = Image.Resampling[transforms.interpolation.upper()]
+    image = image.resize((new_width, new_height), resampling)
     if draws.flip[index]:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if draws.gray[index]:

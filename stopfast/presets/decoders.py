@@ -1,7 +1,6 @@
 """DropPos, MAE and Beyond Masking as published, quirks included.
 
-A step is 2,048 images, 4,096 for MAE; rates are those of that many. The random crop is resampled with
-antialiased triangles where the published programs take cubic ones.
+A step is 2,048 images, 4,096 for MAE; rates are those of that many.
 """
 
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from stopfast.models import SHAPES, Size
 
 BATCH = 2048
 DEGRADATIONS = ("zoomed-in", "zoomed-out", "distorted", "blurred", "decolorized")
-_CROPS = Transforms(size=(224, 224), crop_scale=(0.2, 1.0), flip=0.5)
+_CROPS = Transforms(size=(224, 224), crop_scale=(0.2, 1.0), interpolation="bicubic", flip=0.5)
 _LR = 1.5e-4
 """Learning rate of 256 images in all three programs."""
 
