@@ -18,8 +18,8 @@ def decayed_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     """Return timm's parameter groups, each with the ``lr_scale`` of its layer.
 
     Layer 0 is the stem, then comes a layer for each block, then the head with the norm after the
-    average; a norm before the average is a layer of its own below the head. A layer's scale is
-    ``layer_decay`` to the number of layers above it. Tensors of one dimension, positions and class
+    average; a norm before the average goes with the last block. A layer's scale is ``layer_decay`` to
+    the number of layers above it. Tensors of one dimension, positions and class
     token have no weight decay.
     """
     from timm.optim import param_groups_layer_decay  # type: ignore[attr-defined]
