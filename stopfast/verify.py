@@ -1,7 +1,6 @@
 """Fused against eager on one's own settings: forward, every gradient, updates, a stretch of training.
 
-Three arms begin with the same weights and see the same images, masks and noise: the eager definition in
-fp64, the eager definition in the precision of the settings, and the fused operations in that precision.
+Three arms begin with the same weights and see the same images and draws: the eager definition in fp64, the eager definition in the precision of the settings, and the fused operations in that precision.
 Fused may be as far from fp64 as eager is, times 2 for results and 3 for gradients and weights, plus a
 few units in the last place.
 """
@@ -17,11 +16,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from stopfast.build import build_jepa, build_step
+from stopfast.build import build_objective, build_step
 from stopfast.checkpoint import load_checkpoint, load_weights, newest_checkpoint
 from stopfast.config import Config, from_document
 from stopfast.networks import seeded
-from stopfast.objectives.jepa import Jepa
+from stopfast.objectives import Objective
 from stopfast.presets import PRESETS
 from stopfast.published_yaml import from_yaml
 from stopfast.step import Precision, TrainStep, autocast
@@ -47,7 +46,7 @@ class Row:
 
 
 class _Arm(NamedTuple):
-    objective: Jepa
+    objective: Objective[Any]
     step: TrainStep
     dtype: torch.dtype
 
@@ -103,7 +102,7 @@ def verify(
         )
     config = replace(config, data=replace(config.data, batch_size=size))
     arms = {name: _arm(config, name, checkpoint, device) for name in ("exact", "eager", "fused")}
-    batches = _images(config, max(steps, _STEPS), device)
+    batches = _images(config, arms["exact"].objective, max(steps, _STEPS), device)
     floor = _FLOOR[config.step.precision]
     rows = []
     found = {name: _forward_backward(arm, batches[0]) for name, arm in arms.items()}
@@ -132,11 +131,13 @@ def print_rows(rows: list[Row], console: Console) -> None:
     for row in rows:
         if not row.passed or not row.what.startswith("gradient"):
             shown.append(row)
-    for module in ("encoder", "predictor"):
-        passed = [r for r in rows if r.passed and r.what.startswith(f"gradient {module}.")]
-        if passed:
-            worst = max(passed, key=lambda r: r.fused / r.limit)
-            shown.append(replace(worst, what=f"{worst.what} (worst of {len(passed)})"))
+    passed: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.passed and row.what.startswith("gradient"):
+            passed.setdefault(row.what.partition(".")[0], []).append(row)
+    for of_module in passed.values():
+        worst = max(of_module, key=lambda r: r.fused / r.limit)
+        shown.append(replace(worst, what=f"{worst.what} (worst of {len(of_module)})"))
     table = Table(title="relative error against fp64")
     table.add_column("what")
     for heading in ("eager", "fused", "limit", ""):
@@ -160,7 +161,7 @@ def _arm(config: Config, name: str, checkpoint: Path | None, device: torch.devic
         config, step=step, optim=replace(config.optim, optimizer="adamw_ema" if fused else "torch")
     )
     # Schedules need the length of an epoch; any will do, since it is the same for all.
-    objective = build_jepa(chosen, steps_per_epoch=1000)
+    objective = build_objective(chosen, steps_per_epoch=1000)
     if checkpoint is not None:
         path = newest_checkpoint(checkpoint)
         tensors, _ = load_checkpoint(path)
@@ -178,34 +179,27 @@ def _arm(config: Config, name: str, checkpoint: Path | None, device: torch.devic
     return _Arm(objective, build_step(chosen, objective, torch.device(device)), dtype)
 
 
-def _images(config: Config, count: int, device: torch.device | str) -> list[Tensor]:
-    height, width = config.data.transforms.size
+def _images(
+    config: Config, objective: Objective[Any], count: int, device: torch.device | str
+) -> list[Tensor]:
+    shape = (config.data.batch_size, 3, *objective.transforms.size)
     with seeded(config.run.seed):
-        batch = (config.data.batch_size, 3, height, width)
-        return [torch.randn(batch).to(device) for _ in range(count)]
+        return [torch.randn(shape).to(device) for _ in range(count)]
 
 
 def _forward_backward(arm: _Arm, images: Tensor) -> dict[str, Tensor]:
-    """Predictions, loss and every gradient of the first step, before any update."""
+    """What the loss computes on its way, the loss, and every gradient of the first step, before any update."""
     objective, step = arm.objective, arm.step
     draws = objective.draws(1, len(images), slice(0, len(images)))
-    context, target, lengths = draws.masks
+    images = images.to(arm.dtype)
+    # A block of autocast each: it would give the loss the casts that were made without gradients.
+    with autocast(step.device, step.precision), torch.no_grad():
+        found = objective.outputs(images, draws)
     with autocast(step.device, step.precision):
-        images = images.to(arm.dtype)
-        features = objective.encoder(images, context, lengths=lengths)
-        predictions = objective.predictor(
-            features,
-            context,
-            target,
-            seed=draws.seed,
-            sample_ids=draws.sample_ids,
-            lengths=lengths,
-        )
-        loss = objective.loss(images, draws)
-    step.scaler.scale(loss).backward()
+        found["loss"] = objective.loss(images, draws)
+    step.scaler.scale(found["loss"]).backward()
     scale = step.scaler.get_scale() if step.scaler.is_enabled() else 1.0
-    found = {"encoder features": features, "predictions": predictions, "loss": loss}
-    for name, module in (("encoder", objective.encoder), ("predictor", objective.predictor)):
+    for name, module in objective.modules().items():
         for key, parameter in module.named_parameters():
             if parameter.grad is not None:
                 found[f"gradient {name}.{key}"] = parameter.grad.double() / scale
