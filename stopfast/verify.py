@@ -1,8 +1,9 @@
 """Fused against eager on one's own settings: forward, every gradient, updates, a stretch of training.
 
-Three arms begin with the same weights and see the same images and draws: the eager definition in fp64, the eager definition in the precision of the settings, and the fused operations in that precision.
-Fused may be as far from fp64 as eager is, times 2 for results and 3 for gradients and weights, plus a
-few units in the last place.
+Three arms begin with the same weights and see the same images and draws: the eager definition in fp64, the
+eager definition in the precision of the settings, and the fused operations in that precision. Fused may be
+as far from fp64 as eager is, times 2 for results and 3 for gradients and weights, plus a few units in the
+last place.
 """
 
 import copy
@@ -188,7 +189,7 @@ def _images(
 
 
 def _forward_backward(arm: _Arm, images: Tensor) -> dict[str, Tensor]:
-    """What the loss computes on its way, the loss, and every gradient of the first step, before any update."""
+    """The first step's outputs, loss and every gradient, before any update."""
     objective, step = arm.objective, arm.step
     draws = objective.draws(1, len(images), slice(0, len(images)))
     images = images.to(arm.dtype)
