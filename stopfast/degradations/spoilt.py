@@ -154,9 +154,9 @@ class Blurred(Undegraded):
         groups = batch if self.mixed else 3 * batch
         with torch.autocast(images.device.type, enabled=False):
             stacked = images.reshape(1, 3 * batch, *self.size)
-            blurred = F.conv2d(
-                stacked, draws.flatten(0, 1), padding=self._KERNEL // 2, groups=groups
-            ).view_as(images)
+            weights = draws.flatten(0, 1).to(images.dtype)
+            blurred = F.conv2d(stacked, weights, padding=self._KERNEL // 2, groups=groups)
+            blurred = blurred.view_as(images)
         if self.bias is None:
             return blurred
         # Filled and not copied from the host, which a captured graph could not replay.
