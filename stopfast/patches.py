@@ -51,9 +51,32 @@ def normalised_patches(images: Tensor, target: PatchTarget) -> Tensor:
     if target.norm == "none":
         return patches
     pixels = patches.unflatten(2, (-1, images.shape[1]))
+    mean, scale = _statistics(pixels, target)
+    return ((pixels - mean) / scale).flatten(2)
+
+
+def unnormalised_patches(patches: Tensor, images: Tensor, target: PatchTarget) -> Tensor:
+    """Give patches the mean and the spread of those of the images: undo :func:`normalised_patches`.
+
+    Args:
+        patches: [B, N, p * p * C], such as predictions of normalised patches.
+        images: [B, C, H, W], of which they are predictions.
+        target: how the patches of the images were normalised.
+
+    Returns:
+        As ``patches``.
+    """
+    if target.norm == "none":
+        return patches
+    pixels = patchify(images, target.patch_size).unflatten(2, (-1, images.shape[1]))
+    mean, scale = _statistics(pixels, target)
+    return (patches.unflatten(2, (-1, images.shape[1])) * scale + mean).flatten(2)
+
+
+def _statistics(pixels: Tensor, target: PatchTarget) -> tuple[Tensor, Tensor]:
+    """What is subtracted from the pixels of patches [B, N, p * p, C], and what they are divided by."""
     axes = (2, 3) if target.norm == "patch" else 2
     variance, mean = torch.var_mean(pixels, axes, keepdim=True)
     # Filled and not copied from the host, which a captured graph could not replay.
     eps = torch.cat([mean.new_full((1,), each) for each in target.eps])
-    scale = (variance + eps).sqrt() if target.norm == "patch" else variance.sqrt() + eps
-    return ((pixels - mean) / scale).flatten(2)
+    return mean, (variance + eps).sqrt() if target.norm == "patch" else variance.sqrt() + eps
