@@ -214,7 +214,11 @@ class VisionTransformer(nn.Module, HubMixin):
         return result if self.cls_token is None else result[:, 1:]
 
     def tokens(
-        self, images: Tensor, mask: Tensor | None = None, positions: Tensor | None = None
+        self,
+        images: Tensor,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """Encode images, or some patches of them, class token included.
 
@@ -222,17 +226,23 @@ class VisionTransformer(nn.Module, HubMixin):
             images: [B, C, H, W].
             mask: int64 [B, Kx], the patches, in any order; None for all N.
             positions: [B, Kx, D], what is added to these patches instead of their rows of the table.
+            rows: int64 [B, R]; only these tokens of the result are wanted, and the last block computes
+                no others.
 
         Returns:
-            [B, Kx, D], the last block's normed output; with a class token [B, 1 + Kx, D], its own first.
+            [B, Kx, D], the last block's normed output; with a class token [B, 1 + Kx, D], its own first;
+            [B, R, D] with ``rows``.
 
         Raises:
             ValueError: images of another shape.
         """
         x = self._embed(images, None if mask is None else [mask], positions)
-        for block in self.blocks:
+        *others, last = self.blocks
+        for block in others:
             x = block(x)
-        return self.norm(x)
+        if rows is None or self.skip_unused:
+            return self.norm(last(x, rows))
+        return self.norm(take_rows(last(x), rows))
 
     def patch_positions(self) -> Tensor:
         """The position table of the patches, [N, D]."""
