@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stopfast.block import Block, NormLayer, norm_factory
+from stopfast.block import Block, NormLayer, QkvBias, norm_factory
 from stopfast.initial import Scheme, init_weights, token
 from stopfast.kernels.ops import Ops, resolve_ops
 
@@ -16,11 +16,11 @@ class PositionDecoder(nn.Module):
     Args:
         num_patches: L, positions to choose from.
         embed_dim: width of the features.
-        decoder_embed_dim, depth, num_heads, mlp_ratio: of its blocks.
+        decoder_embed_dim, depth, num_heads, mlp_ratio, qkv_bias: of its blocks.
         class_token: whether the first token is a class token, of which no position is told.
         learned_token: whether the token that stands in for a dropped position, which the encoder gets, is
             trained.
-        init, checkpointing, ops: as in the encoder.
+        init, init_rescale, checkpointing, ops: as in the encoder.
 
     Raises:
         ValueError: sizes that do not divide.
@@ -34,11 +34,13 @@ class PositionDecoder(nn.Module):
         depth: int = 2,
         num_heads: int = 16,
         mlp_ratio: float = 4.0,
+        qkv_bias: QkvBias = True,
         norm_layer: NormLayer | Mapping[str, Any] = nn.LayerNorm,
         *,
         class_token: bool = True,
         learned_token: bool = True,
         init: Scheme = "xavier",
+        init_rescale: bool = False,
         checkpointing: bool = False,
         ops: Ops | str = "auto",
     ) -> None:
@@ -52,7 +54,7 @@ class PositionDecoder(nn.Module):
                 decoder_embed_dim,
                 num_heads,
                 mlp_ratio=mlp_ratio,
-                qkv_bias=True,
+                qkv_bias=qkv_bias,
                 qk_scale=None,
                 norm_layer=norm,
                 ops=resolve_ops(ops),
@@ -62,7 +64,7 @@ class PositionDecoder(nn.Module):
         )
         self.decoder_norm = norm(decoder_embed_dim)
         self.decoder_pred = nn.Linear(decoder_embed_dim, num_patches)
-        init_weights(self, self.decoder_blocks, scheme=init)
+        init_weights(self, self.decoder_blocks, rescale=init_rescale, scheme=init)
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
         """Tell positions.
@@ -77,7 +79,7 @@ class PositionDecoder(nn.Module):
         """
         first = int(self.class_token)
         if noise is not None:
-            x = x + nn.functional.pad(noise, (0, 0, first, 0)).to(x.dtype)
+            x = (x + nn.functional.pad(noise, (0, 0, first, 0))).to(x.dtype)
         x = self.decoder_embed(x)
         for block in self.decoder_blocks:
             x = block(x)

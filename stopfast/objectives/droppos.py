@@ -9,7 +9,14 @@ from torch.nn import functional as F
 from stopfast.config import DropPosConfig, NoiseConfig, Transforms
 from stopfast.decoder import PositionDecoder
 from stopfast.encoder import VisionTransformer
-from stopfast.kernels.ops import Ops, PatchTarget, Smoothing, positional_noise, resolve_ops
+from stopfast.kernels.ops import (
+    Ops,
+    PatchTarget,
+    Smoothing,
+    position_map,
+    positional_noise,
+    resolve_ops,
+)
 from stopfast.optim import OptimizerRecipe, UpdateRule
 from stopfast.predictor import Predictor
 from stopfast.random_masks import random_order, visible_count
@@ -26,15 +33,13 @@ class DropPosDraws(NamedTuple):
     order: Tensor
     """int64 [B, N], patches in random order, of which the first V are visible."""
     position_order: Tensor
-    """int64 [B, V], the visible ones in random order, of which the first are told their positions."""
+    """int64 [B, V], places among the visible ones in random order; the first are told their positions."""
     sigma: Tensor
     """fp32 scalar, width of the smoothing in this epoch."""
     seed: Tensor
     """int64 [2]: the run's seed and the step, which decide the noise."""
     sample_ids: Tensor
     """int64 [B]: places in the step's global batch."""
-    shuffle: Tensor | None = None
-    """int64 [B, V], the order in which the encoder gets the visible patches."""
     wrong: Tensor | None = None
     """int64 [dropped], which dropped position another gets, the same in every image."""
 
@@ -57,7 +62,7 @@ class DropPos:
         ops: implementation of the losses.
 
     Raises:
-        ValueError: parts that do not fit each other.
+        ValueError: parts that do not fit each other, or no position to ask for.
     """
 
     def __init__(
@@ -75,16 +80,23 @@ class DropPos:
         seed: int = 0,
         ops: Ops | str = "auto",
     ) -> None:
-        if encoder.cls_token is None:
-            raise ValueError("expected an encoder with a class token, got one without")
+        patches = encoder.patch_embed.num_patches
+        if encoder.cls_token is None or not decoder.class_token:
+            raise ValueError("expected encoder and decoder with a class token, got one without")
+        widths = decoder.decoder_embed.in_features, decoder.decoder_pred.out_features
+        if widths != (encoder.embed_dim, patches):
+            raise ValueError(
+                f"expected a decoder from width {encoder.embed_dim} to {patches} positions, got {widths}"
+            )
         if (pixel_decoder is not None) != settings.multi_task:
             raise ValueError("expected a pixel decoder with multi_task, and only then")
         self.encoder, self.decoder, self.pixel_decoder = encoder, decoder, pixel_decoder
         self.settings, self.transforms, self.update = settings, transforms, update
         self.epochs, self.steps_per_epoch, self.seed = epochs, steps_per_epoch, seed
-        patches = encoder.patch_embed.num_patches
         self.visible = visible_count(patches, settings.mask_ratio)
         self.told = int(self.visible * (1 - settings.position_mask_ratio))
+        if self.told == self.visible:
+            raise ValueError("expected position_mask_ratio > 0, got 0: no position is asked for")
         self.smoothing = Smoothing(
             grid=self._smoothing_grid(),
             norm="column" if settings.smoothing_norm == "released" else "row",
@@ -103,24 +115,26 @@ class DropPos:
         return found
 
     def draws(self, step: int, batch_size: int, part: slice) -> DropPosDraws:
-        """Which patches are visible and which are told their positions, of the part."""
+        """Which patches are visible and which are told their positions, of the part.
+
+        ``shuffle`` puts the visible patches in another order, and with them all that is theirs: as
+        published, but for the pixels of ``multi_task``, which the published program then mixes up.
+        """
         device = self.encoder.pos_embed.device
         seed = filled_pair(self.seed, step, device, torch.int64)
         ids = torch.arange(part.start, part.stop, device=device)
-        shuffle = wrong = None
+        order = random_order(seed, ids, self.encoder.patch_embed.num_patches, _PATCHES)
+        position_order = random_order(seed, ids, self.visible, _POSITIONS)
+        wrong = None
         if self.settings.shuffle:
             shuffle = random_order(seed, ids, self.visible, _SHUFFLE)
+            visible, masked = order.tensor_split([self.visible], dim=1)
+            order = torch.cat([visible.gather(1, shuffle), masked], dim=1)
+            position_order = shuffle.argsort(1).gather(1, position_order)
         if self.settings.position_token == "wrong":
             wrong = random_order(seed, ids.new_zeros(1), self.visible - self.told, _WRONG)[0]
-        return DropPosDraws(
-            random_order(seed, ids, self.encoder.patch_embed.num_patches, _PATCHES),
-            random_order(seed, ids, self.visible, _POSITIONS),
-            torch.full((), self.sigma(step), device=device),
-            seed,
-            ids,
-            shuffle,
-            wrong,
-        )
+        sigma = torch.full((), self.sigma(step), device=device)
+        return DropPosDraws(order, position_order, sigma, seed, ids, wrong)
 
     def sigma(self, step: int) -> float:
         """Width of the smoothing in a step's epoch; in the last one it is not 0 yet."""
@@ -130,36 +144,50 @@ class DropPos:
         return self.settings.sigma * (1 - epoch / self.epochs)
 
     def loss(self, images: Tensor, draws: DropPosDraws) -> Tensor:
-        """Weighted cross-entropy of positions; with ``multi_task`` beside the squared error of pixels."""
+        """Weighted cross-entropy of positions; with ``multi_task`` beside the squared error of pixels.
+
+        The sum of the weights that divides it is this micro-batch's, as published. Where all images weigh
+        the same, which attentive weights and ``ignore_confident`` do not let them, accumulated
+        micro-batches are exactly the big batch; else they are the mean of their own means, as with the
+        published program's devices.
+        """
         visible, asked, features, logits = self._predict(images, draws)
+        # Behind the prediction: what autocast casts first without gradients has none from then on.
         weight = self._weights(images, visible, asked)
         loss = self.ops.position_cross_entropy(logits, visible, weight, draws.sigma, self.smoothing)
         if self.pixel_decoder is None:
             return loss
+        pixels = self._pixels(features, draws)
         masked = draws.order[:, self.visible :]
-        pixels = self._pixels(features, visible, masked, draws)
         return self.settings.position_weight * loss + self.ops.patch_mse(
             pixels, images, masked, self.pixels
         )
 
     def outputs(self, images: Tensor, draws: DropPosDraws) -> dict[str, Tensor]:
         """The visible patches' features and the logits of their positions, and predicted pixels."""
-        visible, _, features, logits = self._predict(images, draws)
+        _, _, features, logits = self._predict(images, draws)
         found = {"encoder features": features, "position logits": logits}
         if self.pixel_decoder is not None:
-            masked = draws.order[:, self.visible :]
-            found["pixel predictions"] = self._pixels(features, visible, masked, draws)
+            found["pixel predictions"] = self._pixels(features, draws)
         return found
 
     @torch.no_grad()
     def measures(self, images: Tensor, draws: DropPosDraws) -> dict[str, Tensor]:
-        """``position_accuracy``, and that by the weights of the loss, the published one."""
+        """``position_accuracy`` of the patches that are asked for, each counted once, and
+        ``position_accuracy_weighted`` by the weights of the loss, the published one.
+        """
         visible, asked, _, logits = self._predict(images, draws)
         correct = (logits.argmax(-1) == visible).float()
         weight = self._weights(images, visible, asked)
+        if self.settings.ignore_confident:
+            wanted = position_map(self.smoothing, draws.sigma).diagonal()[visible]
+            likely = logits.float().softmax(-1).gather(-1, visible[..., None])[..., 0]
+            weight = torch.where(likely >= wanted, 0.0, weight)
+        total = weight.sum()
         return {
             "position_accuracy": (correct * asked).sum() / asked.sum(),
-            "position_accuracy_weighted": (correct * weight).sum() / weight.sum(),
+            "position_accuracy_weighted": (correct * weight).sum()
+            / torch.where(total == 0, 1.0, total),
         }
 
     def features(self, images: Tensor) -> Tensor:
@@ -197,13 +225,7 @@ class DropPos:
         visible = draws.order[:, : self.visible]
         asked = torch.ones_like(visible, dtype=torch.bool)
         asked = asked.scatter(1, draws.position_order[:, : self.told], False)
-        positions = self._positions(visible, asked, draws)
-        if draws.shuffle is not None:
-            visible, asked = (x.gather(1, draws.shuffle) for x in (visible, asked))
-            positions = positions.gather(
-                1, draws.shuffle[..., None].expand(-1, -1, positions.shape[-1])
-            )
-        features = self.encoder.tokens(images, visible, positions)
+        features = self.encoder.tokens(images, visible, self._positions(visible, asked, draws))
         logits = self.decoder(features, self._noise(asked, draws))
         return visible, asked, features, logits
 
@@ -211,8 +233,8 @@ class DropPos:
         """What is added to the visible patches [B, V, D]: their positions, or what stands in for them."""
         own = self.encoder.patch_positions()[visible]
         if draws.wrong is not None:
-            slots = draws.position_order[:, self.told :]
-            wide = slots[..., None].expand(-1, -1, own.shape[-1])
+            places = draws.position_order[:, self.told :]
+            wide = places[..., None].expand(-1, -1, own.shape[-1])
             return own.scatter(1, wide, own.gather(1, wide[:, draws.wrong]))
         token = self.decoder.mask_pos_token
         if self.settings.position_token == "zeros":
@@ -229,23 +251,26 @@ class DropPos:
         noisy = {"masked": asked, "context": ~asked, "both": torch.ones_like(asked)}[self.apply_to]
         return normals * (self.noise_std * noisy[..., None])
 
-    def _pixels(
-        self, features: Tensor, visible: Tensor, masked: Tensor, draws: DropPosDraws
-    ) -> Tensor:
+    def _pixels(self, features: Tensor, draws: DropPosDraws) -> Tensor:
         assert self.pixel_decoder is not None
+        visible, masked = draws.order.tensor_split([self.visible], dim=1)
         return self.pixel_decoder(
             features, visible, masked, seed=draws.seed, sample_ids=draws.sample_ids
         )
 
     @torch.no_grad()
     def _weights(self, images: Tensor, visible: Tensor, asked: Tensor) -> Tensor:
-        """Weight of each visible patch in the loss, fp32 [B, V]; no gradient goes through it."""
+        """Weight of each visible patch in the loss, fp32 [B, V]; no gradient goes through it.
+
+        Attentive weights are the softmax of the whole image's patches, made to sum to 1 over the visible
+        ones: the softmax of the visible ones alone, so that the last block computes no other patches.
+        """
         if not self.settings.attentive:
             return asked.float()
-        tokens = self.encoder.tokens(images).float()
+        rows = F.pad(visible + 1, (1, 0))  # row 0 is the class token
+        tokens = self.encoder.tokens(images, rows=rows).float()
         alike = F.cosine_similarity(tokens[:, :1], tokens[:, 1:], dim=-1)
-        attention = (alike / self.settings.temperature).softmax(-1).gather(1, visible)
-        return asked * attention / attention.sum(1, keepdim=True)
+        return asked * (alike / self.settings.temperature).softmax(-1)
 
 
 def _noise_std(noise: NoiseConfig) -> float | None:
@@ -262,4 +287,6 @@ def _noise_std(noise: NoiseConfig) -> float | None:
             f"(cov 'learned', tie), got cov {noise.cov!r}, tie {noise.tie}, "
             f"noise_dim {noise.noise_dim!r}"
         )
+    if noise.noise_var < 0:
+        raise ValueError(f"expected noise_var >= 0, got {noise.noise_var}")
     return noise.noise_var**0.5 if noise.variant == "stop_paper" else noise.noise_var
