@@ -155,7 +155,30 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], what: str) -> N
     Raises:
         CheckpointError: keys that are missing or unknown, or shapes that differ; names each of them.
     """
-    own = module.state_dict()
+    require_fit(module.state_dict(), state, what)
+    module.load_state_dict(dict(state))
+
+
+def load_modules(
+    modules: Mapping[str, nn.Module], weights: Mapping[str, Tensor], what: str
+) -> None:
+    """Load modules strictly from weights whose keys begin with a module's name and a dot.
+
+    Raises:
+        CheckpointError: as :func:`load_weights`.
+    """
+    for name, module in modules.items():
+        prefix = f"{name}."
+        state = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+        load_weights(module, state, f"{what}, {name}")
+
+
+def require_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str) -> None:
+    """Refuse weights that are not those of a model, key by key and shape by shape.
+
+    Raises:
+        CheckpointError: keys that are missing or unknown, or shapes that differ; names each of them.
+    """
     problems = {
         "missing": sorted(own.keys() - state.keys()),
         "unknown": sorted(state.keys() - own.keys()),
@@ -168,7 +191,6 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], what: str) -> N
     told = [f"{kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys]
     if told:
         raise CheckpointError(f"{what}: its weights do not fit the model; " + "; ".join(told))
-    module.load_state_dict(dict(state))
 
 
 def _sha256(path: Path) -> str:

@@ -15,7 +15,7 @@ from stopfast.checkpoint import (
     CheckpointError,
     flatten_state,
     load_checkpoint,
-    load_weights,
+    load_modules,
     newest_checkpoint,
     save_checkpoint,
     step_checkpoints,
@@ -169,12 +169,7 @@ def load_run(
                 f"{path}: expected the data that it was made with, got another {name}: {now} instead of "
                 f"{before}"
             )
-    for name, module in objective.modules().items():
-        prefix = f"{name}."
-        state = {
-            k.removeprefix(prefix): v for k, v in tensors["model"].items() if k.startswith(prefix)
-        }
-        load_weights(module, state, f"{path}, {name}")
+    load_modules(objective.modules(), tensors["model"], str(path))
     step.load_state_dict(unflatten_state(tensors["optimizer"], documents["state"]["optimizer"]))
     return path, documents["state"]["step"]
 

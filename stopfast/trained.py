@@ -1,16 +1,24 @@
 """The networks of a run, loaded from its checkpoint: what evaluation, export and pictures begin with."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
-from stopfast.checkpoint import load_checkpoint, load_weights, newest_checkpoint
+from torch import nn
+
+from stopfast.build import build_objective
+from stopfast.checkpoint import load_checkpoint, load_modules, newest_checkpoint
 from stopfast.config import Config, from_document
 from stopfast.encoder import VisionTransformer
-from stopfast.networks import build_encoder, build_predictor, seeded
+from stopfast.networks import build_encoder, seeded
+from stopfast.objectives import Objective
+from stopfast.objectives.jepa import Jepa
 from stopfast.predictor import Predictor
 
 Which = Literal["target_encoder", "encoder"]
+"""The trained encoder, or the moving average of it that was its teacher. DropPos, MAE and Beyond Masking
+have no teacher: both names mean their one encoder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,9 +29,37 @@ class TrainedRun:
     config: Config
     step: int
     """Optimiser steps that it has done."""
-    encoder: VisionTransformer
-    predictor: Predictor
-    target_encoder: VisionTransformer
+    objective: Objective[Any]
+
+    @property
+    def modules(self) -> Mapping[str, nn.Module]:
+        """All networks of the objective, by the names that they are saved under."""
+        return self.objective.modules()
+
+    @property
+    def encoder(self) -> VisionTransformer:
+        """The encoder that was trained."""
+        return cast(VisionTransformer, self.modules["encoder"])
+
+    @property
+    def target_encoder(self) -> VisionTransformer:
+        """The encoder's moving average; the encoder itself where the objective has no teacher."""
+        for student, teacher in self.objective.teacher_pairs():
+            if student is self.encoder:
+                return cast(VisionTransformer, teacher)
+        return self.encoder
+
+    @property
+    def predictor(self) -> Predictor:
+        """The predictor of I-JEPA and StoP.
+
+        Raises:
+            ValueError: a run of another objective.
+        """
+        if not isinstance(self.objective, Jepa):
+            name = self.config.objective.name
+            raise ValueError(f"expected a run of I-JEPA or StoP, got the objective {name!r}")
+        return self.objective.predictor
 
     def chosen(self, which: Which) -> VisionTransformer:
         """Return one of the two encoders; the published results are the target encoder's."""
@@ -36,7 +72,7 @@ class TrainedRun:
 
 
 def load_trained(path: Path) -> TrainedRun:
-    """Load a checkpoint folder, or the newest one of a run's folder.
+    """Load a checkpoint folder, or the newest one of a run's folder, whatever its objective.
 
     Raises:
         CheckpointError: none there, an altered one, or weights that do not fit its settings.
@@ -44,18 +80,11 @@ def load_trained(path: Path) -> TrainedRun:
     checkpoint = newest_checkpoint(path)
     tensors, documents = load_checkpoint(checkpoint)
     config = from_document(Config, documents["config"])
-    run = TrainedRun(
-        checkpoint=checkpoint,
-        config=config,
-        step=documents["state"]["step"],
-        encoder=build_encoder(config).eval(),
-        predictor=build_predictor(config).eval(),
-        target_encoder=build_encoder(config).eval().requires_grad_(False),
+    images = documents.get("data", {}).get("images", 0)
+    objective = build_objective(config, max(1, images // config.data.batch_size))
+    load_modules(objective.modules(), tensors["model"], str(checkpoint))
+    for module in objective.modules().values():
+        module.eval()
+    return TrainedRun(
+        checkpoint=checkpoint, config=config, step=documents["state"]["step"], objective=objective
     )
-    for name in ("encoder", "predictor", "target_encoder"):
-        prefix = f"{name}."
-        state = {
-            k.removeprefix(prefix): v for k, v in tensors["model"].items() if k.startswith(prefix)
-        }
-        load_weights(getattr(run, name), state, f"{checkpoint}, {name}")
-    return run

@@ -12,9 +12,16 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from stopfast.networks import build_encoder, build_predictor, seeded
 from stopfast.checkpoint import CheckpointError, save_checkpoint
-from stopfast.config import Config, DataConfig, ModelConfig, Transforms, to_document
+from stopfast.config import (
+    Config,
+    DataConfig,
+    JepaConfig,
+    MaskConfig,
+    ModelConfig,
+    Transforms,
+    to_document,
+)
 from stopfast.evaluation import features, telling
 from stopfast.evaluation.counting import CountingSettings
 from stopfast.evaluation.evaluate import (
@@ -30,6 +37,7 @@ from stopfast.evaluation.features import (
 )
 from stopfast.evaluation.probes import LinearSettings
 from stopfast.evaluation.propagation import PropagationSettings
+from stopfast.networks import build_encoder, build_predictor, seeded
 from stopfast.report.results import evaluation_section
 
 CPU = torch.device("cpu")
@@ -52,6 +60,7 @@ def config(depth=2, seed=0, size=(16, 16)) -> Config:
         model=ModelConfig(
             patch_size=4, embed_dim=16, depth=depth, num_heads=2, predictor_embed_dim=16, predictor_depth=1
         ),
+        objective=JepaConfig(mask=MaskConfig(min_keep=1)),
     )  # fmt: skip
 
 

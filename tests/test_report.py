@@ -48,14 +48,9 @@ def settings(variant: str = "stop", **model: int) -> Config:
 
 def run_of(config: Config) -> TrainedRun:
     made = build_objective(config, steps_per_epoch=1)
-    return TrainedRun(
-        checkpoint=Path("none"),
-        config=config,
-        step=3,
-        encoder=made.encoder.eval(),
-        predictor=made.predictor.eval(),
-        target_encoder=made.target_encoder.eval(),
-    )
+    for module in made.modules().values():
+        module.eval()
+    return TrainedRun(checkpoint=Path("none"), config=config, step=3, objective=made)
 
 
 def write_run(folder: Path, config: Config, rows: list[dict[str, float]]) -> Path:
@@ -206,7 +201,8 @@ def test_a_perfect_prediction_finds_its_patch(variant):
             return 3.0 * features.gather(1, target[..., None].expand(-1, -1, 24))
 
     for predictor in (run.predictor, Perfect()):
-        found = measures.retrieve(replace(run, predictor=predictor), pixels, masks)  # type: ignore[arg-type]
+        run.objective.predictor = predictor  # type: ignore[attr-defined]
+        found = measures.retrieve(run, pixels, masks)
         assert torch.allclose(found.weights.sum((1, 2)), torch.ones(5))
         assert torch.equal(found.places, masks.target[0][:, masks.target[0].shape[1] // 2])
     at = found.places[:, None]
