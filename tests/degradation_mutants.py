@@ -18,8 +18,8 @@ MUTANTS = (
         41,
         "edges of the field that was not resized before it was normalised",
         ZOOMED,
-        "normalised_patches(self.whole(images.detach()), self.target))",
-        "normalised_patches(self.view(images.detach()), self.target))",
+        "normalised_patches(self.whole(images), self.target))",
+        "normalised_patches(self.view(images), self.target))",
     ),
     Mutant(
         41,

@@ -321,6 +321,7 @@ def test_parts_of_a_step_are_drawn_as_the_whole_and_steps_differ(kind):
         assert all(torch.equal(part, whole) for part in parts)
     else:
         assert torch.equal(torch.cat(parts), whole)
+        assert len(whole.flatten(1).unique(dim=0)) == 8
     assert len({str(made.draws(seed(step), torch.arange(8)).tolist()) for step in (1, 2, 3)}) == 3
     other = made.draws(torch.tensor([8, 1]), torch.arange(8))
     assert not torch.equal(other, whole)

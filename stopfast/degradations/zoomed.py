@@ -81,7 +81,7 @@ class ZoomedIn:
         if masked is not None:
             predicted = take_rows(predicted, masked)
         center = ops.patch_mse(predicted, self.view(images), masked, self.target)
-        truth = self._field(normalised_patches(self.whole(images.detach()), self.target))
+        truth = self._field(normalised_patches(self.whole(images), self.target))
         error = (field - truth).square()
         # A weight for each pixel: one pass over the field, where the gradients of slices would take four.
         edge = (error * self._strips(error)).sum() / max(1, error.shape[0] * error.shape[1])
@@ -145,7 +145,7 @@ class ZoomedOut:
     ) -> Tensor:
         """Return the mean squared error of the canvas's patches ``masked``, or of all."""
         size = self.target.patch_size
-        patches = normalised_patches(self.whole(images.detach()), self.target)
+        patches = normalised_patches(self.whole(images), self.target)
         small, truth = (
             area_resize(unpatchify(p, size, self.grid), self.source) for p in (prediction, patches)
         )
