@@ -8,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 
-from stopfast.networks import build_encoder
 from stopfast.config import Config, DataConfig, ModelConfig, Transforms
 from stopfast.data.images import open_images
 from stopfast.encoder import VisionTransformer
@@ -20,6 +19,7 @@ from stopfast.evaluation.features import (
     collect,
     extract,
 )
+from stopfast.networks import build_encoder
 
 CPU = torch.device("cpu")
 
@@ -28,8 +28,10 @@ def interrupted(*_, **__):
     raise InterruptedError
 
 
-def encoder(depth=2) -> VisionTransformer:
-    model = ModelConfig(patch_size=4, embed_dim=16, depth=depth, num_heads=2)
+def encoder(depth=2, class_token=False) -> VisionTransformer:
+    model = ModelConfig(
+        patch_size=4, embed_dim=16, depth=depth, num_heads=2, class_token=class_token
+    )
     return build_encoder(
         Config(preset="test", model=model, data=DataConfig(transforms=Transforms(size=(16, 16))))
     ).eval()
@@ -45,10 +47,12 @@ def photographs(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.mark.parametrize(("depth", "levels"), [(2, 2), (6, 4)])
-def test_pooled_features_are_the_last_four_blocks(depth, levels):
+@pytest.mark.parametrize(
+    ("depth", "levels", "class_token"), [(2, 2, False), (6, 4, False), (6, 4, True)]
+)
+def test_pooled_features_are_the_last_four_blocks(depth, levels, class_token):
     """From the encoder's average over its last K blocks: K * mean_K - (K - 1) * mean_(K-1) is block -K."""
-    model = encoder(depth)
+    model = encoder(depth, class_token)
     torch.nn.init.normal_(model.norm.weight)
     source, images = EncoderFeatures(model), torch.randn(3, 3, 16, 16)
     seen = source(images)

@@ -122,7 +122,8 @@ def evaluate_checkpoints(
             are called after the run's folder.
         data: folder with ``train`` and ``val`` or ``test``; None for the probes of drawn images
             alone.
-        which: which of the two trained encoders; the published results are the target encoder's.
+        which: which of the two trained encoders; the published results are the target encoder's. Objectives
+            without a teacher have one encoder, whichever is asked for.
         probes: which probes, each once.
         device: ``auto``, ``cpu`` or ``cuda``.
         settings: the rest; default ``EvaluationSettings()``.

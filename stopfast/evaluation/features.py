@@ -61,7 +61,7 @@ class EncoderFeatures:
     """Features of a frozen encoder.
 
     A level is the output of one block through the encoder's final norm; pooled, averaged over the
-    patches.
+    patches, without a class token.
     """
 
     encoder: VisionTransformer
@@ -83,9 +83,10 @@ class EncoderFeatures:
     def __call__(self, images: Tensor) -> Seen:
         """Return the features of a batch."""
         outputs: list[Tensor] = []
+        first = int(self.encoder.cls_token is not None)
 
         def keep(block: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-            outputs.append(output)
+            outputs.append(output[:, first:])
 
         earlier = list(self.encoder.blocks)[-self.levels : -1]
         hooks = [block.register_forward_hook(keep) for block in earlier]
