@@ -18,7 +18,7 @@ from stopfast.block import (
 from stopfast.encoder import Masks, as_list
 from stopfast.hub import HubMixin
 from stopfast.initial import Scheme, init_weights, token
-from stopfast.kernels.ops import Noise, Ops, Places, resolve_ops
+from stopfast.kernels.ops import Noise, Ops, Places, positional_noise, resolve_ops
 from stopfast.pos_embed import (
     Grid,
     Positions,
@@ -59,7 +59,8 @@ class Predictor(nn.Module, HubMixin):
     * ``grid_size``: (rows, columns) where the image is not square.
     * ``out_dim``: width of the predictions, the encoder's by default; as the decoder of MAE and Beyond
       Masking, the numbers of a patch. ``class_token``, ``positions``, ``init`` as in the encoder; with
-      a class token, ``x`` begins with it. ``embed_bias=False`` projects without a bias.
+      a class token, ``x`` begins with it, and no noise is added to it, which has no position.
+      ``embed_bias=False`` projects without a bias.
     * ``init_rescale``, ``checkpointing``, ``skip_unused``, ``ops``: as in the encoder.
 
     Raises:
@@ -138,9 +139,8 @@ class Predictor(nn.Module, HubMixin):
             embed_dim, predictor_embed_dim, bias=embed_bias and self.variant != "stop_paper"
         )
         # A parameter that nothing reads must not be trainable: DDP would wait for its gradient.
-        self.mask_token = token(predictor_embed_dim, init_std, init).requires_grad_(
-            self.variant in ("ijepa", "stop_paper")
-        )
+        self.mask_token = token(predictor_embed_dim, init_std, init)
+        self.mask_token.requires_grad_(self.variant in ("ijepa", "stop_paper"))
         self.class_token = class_token
         table = position_table(predictor_embed_dim, self.grid_size, positions, class_token)
         if learned_pos_emb:
@@ -191,7 +191,7 @@ class Predictor(nn.Module, HubMixin):
             masks: M target index tensors int64 [B, Ky], or one.
             noise: explicit draws for the queries, one [E * B, Ky, noise channels] for each target mask,
                 already scaled by the standard deviation.
-            noise_context: explicit draws for the context, [E * B, Kx, noise channels], scaled.
+            noise_context: explicit draws for the context's patches, [E * B, Kx, noise channels], scaled.
             seed: int64 [2] (seed, step) or a seed alone (step 0); a tensor on x's device under CUDA graph
                 capture, so that each replay can have its own step; None draws one from torch's
                 generator of x's device: where activations are recomputed without torch's generator
@@ -210,50 +210,19 @@ class Predictor(nn.Module, HubMixin):
             ``whole``. A class token is left out.
 
         Raises:
-            ValueError: shapes that do not fit each other, or draws for tokens that take no noise.
+            ValueError: shapes that do not fit each other, draws for tokens that take no noise, or lengths
+                with a class token.
         """
         masks_x, masks = as_list(masks_x), as_list(masks)
+        if lengths is not None and self.class_token:
+            raise ValueError("expected a predictor without a class token with lengths")
         first = int(self.class_token)
         self._check(x, masks_x, masks, first)
         index, context = torch.stack(masks) + first, torch.cat(masks_x)
-        if first:
-            context = nn.functional.pad(
-                context + 1, (1, 0)
-            )  # row 0 of the table is the class token's
-        query_noise = self._explicit(
-            "noise", noise, self.noisy_queries, (len(masks), *x.shape[:1], index.shape[2])
-        )
-        context_noise = self._explicit(
-            "noise_context", noise_context, self.noisy_context, x.shape[:2]
-        )
-        drawn = (self.noisy_queries and query_noise is None) or (
-            self.noisy_context and context_noise is None
-        )
-        ids = None
-        if drawn:
-            seed = self._seed(seed, x.device)
-            ids = (
-                torch.arange(index.shape[1], device=x.device) if sample_ids is None else sample_ids
-            )
-            if ids.shape != (index.shape[1],):
-                raise ValueError(
-                    f"expected sample_ids ({index.shape[1]},), one for each image, got {tuple(ids.shape)}"
-                )
+        if first:  # row 0 of the table is the class token's
+            context = nn.functional.pad(context + 1, (1, 0))
+        draws = self._noise(x, index, noise, noise_context, seed, sample_ids)
         weight, bias = self.predictor_embed.weight, self.predictor_embed.bias
-        own = self.noise_embed
-        draws = None
-        if self.noisy_queries or self.noisy_context:
-            projection = weight if own is None else own.weight
-            draws = Noise(
-                seed=seed if isinstance(seed, Tensor) and drawn else None,
-                sample_ids=ids,
-                std=self.noise_std,
-                weight=projection if self.cov == "learned" else None,
-                on_queries=self.noisy_queries,
-                on_context=self.noisy_context,
-                queries=query_noise,
-                context=context_noise,
-            )
         # What stands in for the missing content of a query: in published StoP the projection's bias.
         offset = {"stop": bias, "stop_off": None}.get(self.variant, self.mask_token.view(-1))
         slots = Slots.of(lengths, x.shape[1])
@@ -261,11 +230,62 @@ class Predictor(nn.Module, HubMixin):
         tokens = self.ops.predictor_tokens(
             x, places, weight, bias, self.predictor_pos_embed[0], offset, draws
         )
-        kept = x.shape[1]
-        predicted = self._predict(tokens, len(x), kept, slots, whole)
+        predicted = self._predict(tokens, len(x), x.shape[1], slots, whole)
         return self.predictor_proj(
             self.predictor_norm(predicted[:, first:] if whole else predicted)
         )
+
+    def _noise(
+        self,
+        x: Tensor,
+        index: Tensor,
+        queries: Sequence[Tensor] | None,
+        context: Tensor | None,
+        seed: Tensor | int | None,
+        sample_ids: Tensor | None,
+    ) -> Noise | None:
+        """What is added to which tokens: explicit draws, or what the operation draws."""
+        first, (blocks, batch, tokens) = int(self.class_token), index.shape
+        given = self._explicit("noise", queries, self.noisy_queries, (blocks, len(x), tokens))
+        added = self._explicit(
+            "noise_context", context, self.noisy_context, (len(x), x.shape[1] - first)
+        )
+        if not (self.noisy_queries or self.noisy_context):
+            return None
+        ids = None
+        if (self.noisy_queries and given is None) or (self.noisy_context and added is None):
+            seed = self._seed(seed, x.device)
+            ids = torch.arange(batch, device=x.device) if sample_ids is None else sample_ids
+            if ids.shape != (batch,):
+                raise ValueError(
+                    f"expected sample_ids ({batch},), one for each image, got {tuple(ids.shape)}"
+                )
+        drawn = seed if isinstance(seed, Tensor) and ids is not None else None
+        if first and self.noisy_context:  # the operation would draw for the class token too
+            if added is None:
+                assert drawn is not None and ids is not None
+                added = self._patch_noise(drawn, ids, len(x) // max(1, batch), x.shape[1] - first)
+            added = nn.functional.pad(added, (0, 0, first, 0))
+        own = self.predictor_embed if self.noise_embed is None else self.noise_embed
+        return Noise(
+            seed=drawn,
+            sample_ids=ids,
+            std=self.noise_std,
+            weight=own.weight if self.cov == "learned" else None,
+            on_queries=self.noisy_queries,
+            on_context=self.noisy_context,
+            queries=given,
+            context=added,
+        )
+
+    def _patch_noise(self, seed: Tensor, sample_ids: Tensor, copies: int, tokens: int) -> Tensor:
+        """The context's draws, scaled, [copies * B, tokens, noise channels]."""
+        dtype = self.predictor_pos_embed.dtype
+        wide = torch.promote_types(torch.float32, dtype)
+        normals = positional_noise(
+            seed, sample_ids, 1, copies, tokens, self.noise_channels, True, wide
+        )[0]
+        return (normals * self.noise_std).to(dtype)
 
     def resize_positions(self, grid: Grid) -> None:
         """Replace the position table by one for another grid, interpolated from it.
@@ -340,7 +360,10 @@ class Predictor(nn.Module, HubMixin):
             for block in self.predictor_blocks:
                 x = block(x, slots=slots)
             return x[:, kept:]
-        x = first.forward_shared(x, contexts, kept, depth == 1, slots)
+        if len(x) == contexts:  # nothing is shared
+            x = first(x, kept if depth == 1 else None, slots)
+        else:
+            x = first.forward_shared(x, contexts, kept, depth == 1, slots)
         for number, block in enumerate(others, start=2):
             x = block(x, kept if number == depth else None, slots)
         return x

@@ -90,13 +90,13 @@ MUTANTS = (
         "np.concatenate(halves, axis=1)",
         "np.stack(halves, axis=2).reshape(len(halves[0]), -1)",
     ),
-    Mutant(7, "two sines", POSITIONS, "np.cos(angle)", "np.sin(angle)"),
+    Mutant(7, "two sines", POSITIONS, ", np.cos(angle)]", ", np.sin(angle)]"),
     Mutant(
         8,
         "positions added after the gather",
         ENCODER,
-        "pos_embed[0][index]",
-        "pos_embed[:, : index.shape[1]]",
+        "table[torch.cat(masks)]",
+        "table[: masks[0].shape[1]]",
     ),
     Mutant(
         9,
@@ -144,10 +144,10 @@ MUTANTS = (
         "step / self.total_steps",
     ),
     Mutant(13, "momentum a step ahead", SCHEDULES, "(step - 1)", "step"),
-    Mutant(14, "rescaled by default", BLOCK, "if rescale:", "if not rescale:"),
+    Mutant(14, "rescaled by default", "stopfast/initial.py", "if rescale:", "if not rescale:"),
     Mutant(15, "giant with the common ratio", "stopfast/models.py", ", 48 / 11)", ")"),
     Mutant(
-        15, "mask token frozen", PREDICTOR, 'in ("ijepa", "stop_paper"),', 'in ("stop_paper",),'
+        15, "mask token frozen", PREDICTOR, 'in ("ijepa", "stop_paper"))', 'in ("stop_paper",))'
     ),
     Mutant(
         16,
@@ -202,14 +202,14 @@ MUTANTS = (
         '"stop": bias + self.mask_token.view(-1)',
     ),
     Mutant(
-        21, "mask token trained in StoP", PREDICTOR, 'in ("ijepa", "stop_paper"),', "is not None,"
+        21, "mask token trained in StoP", PREDICTOR, 'in ("ijepa", "stop_paper"))', "is not None)"
     ),
     Mutant(
         22,
         "noise has a weight of its own",
         PREDICTOR,
-        "projection = weight if",
-        "projection = torch.ones_like(weight) if",
+        "weight=own.weight if",
+        "weight=torch.ones_like(own.weight) if",
     ),
     Mutant(
         23,
@@ -230,8 +230,8 @@ MUTANTS = (
         "norm after the average",
         ENCODER,
         "outputs.append(self.norm(taken))\n"
-        "        return outputs[0] if K == 1 else torch.stack(outputs).mean(0)",
-        "outputs.append(taken)\n        return self.norm(torch.stack(outputs).mean(0))",
+        "        result = outputs[0] if K == 1 else torch.stack(outputs).mean(0)",
+        "outputs.append(taken)\n        result = self.norm(torch.stack(outputs).mean(0))",
     ),
     Mutant(
         26, "no threshold", SCHEDULES, "and step >= self.fix_step", "and step > self.total_steps"
@@ -254,8 +254,8 @@ MUTANTS = (
         28,
         "untied noise shares the context's weight",
         PREDICTOR,
-        "weight if own is None else own.weight",
-        "weight",
+        "self.predictor_embed if self.noise_embed is None else self.noise_embed",
+        "self.predictor_embed",
     ),
     *degradation_mutants.MUTANTS,
 )

@@ -10,6 +10,7 @@ from stopfast.kernels._launch import watch_launches
 from stopfast.kernels.ops import EAGER, FUSED, Ops
 from stopfast.masking import Masks
 from stopfast.objectives.jepa import Jepa, JepaDraws
+from stopfast.optim import UpdateRule
 from stopfast.schedules import Cosine
 from stopfast.step import TrainStep
 from tests.golden_files import TOLERANCE, assert_gradients, golden, listed, norm_1e6, under
@@ -120,9 +121,11 @@ def test_training_steps(ops: Ops, skip_unused: bool, launched: set, device: torc
         predictor,
         MultiBlockMasks(grid=(4, 4), min_keep=1),
         transforms=Transforms(),
-        lr=lambda step: 1e-3,
-        weight_decay=lambda step: 0.04,
-        momentum=lambda step: case["ema_momentum"][step - 1],
+        update=UpdateRule(
+            lr=lambda step: 1e-3,
+            weight_decay=lambda step: 0.04,
+            momentum=lambda step: case["ema_momentum"][step - 1],
+        ),
         target_blocks=case["target_blocks"],
         skip_unused=skip_unused,
         ops=ops,

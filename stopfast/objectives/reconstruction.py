@@ -49,7 +49,8 @@ class Reconstruction:
         ops: implementation of the loss.
 
     Raises:
-        ValueError: parts that do not fit each other, or nothing to reconstruct.
+        ValueError: parts that do not fit each other, a mask_ratio that leaves no patch, or noise on queries
+            that there are none of.
     """
 
     def __init__(
@@ -64,17 +65,13 @@ class Reconstruction:
         seed: int = 0,
         ops: Ops | str = "auto",
     ) -> None:
-        if encoder.patch_embed.grid != decoder.grid_size:
-            raise ValueError(
-                f"expected a decoder on the encoder's grid {encoder.patch_embed.grid}, "
-                f"got {decoder.grid_size}"
-            )
-        if (encoder.cls_token is not None) != decoder.class_token:
-            raise ValueError("expected a class token in both of encoder and decoder, or in neither")
+        _check(encoder, decoder, degradation)
         self.encoder, self.decoder, self.degradation = encoder, decoder, degradation
         patches = encoder.patch_embed.num_patches
         self.visible = visible_count(patches, mask_ratio) if mask_ratio else patches
         if self.visible == patches:
+            if decoder.noisy_queries and not decoder.noisy_context:
+                raise ValueError("expected masks with noise on queries, got mask_ratio 0")
             # What nothing reads must not be trainable: DDP would wait for its gradient.
             decoder.mask_token.requires_grad_(False)
         self.transforms, self.update, self.seed = transforms, update, seed
@@ -154,3 +151,20 @@ class Reconstruction:
             place = order.argsort(1)[..., None].expand(-1, -1, prediction.shape[-1])
             prediction = prediction.gather(1, place)
         return features, prediction
+
+
+def _check(encoder: VisionTransformer, decoder: Predictor, degradation: Degradation) -> None:
+    embed = encoder.patch_embed
+    if (encoder.cls_token is not None) != decoder.class_token:
+        raise ValueError("expected a class token in both of encoder and decoder, or in neither")
+    rows, columns = embed.grid
+    for what, expected, got in (
+        ("a decoder on the encoder's grid", embed.grid, decoder.grid_size),
+        ("a decoder of the encoder's width", encoder.embed_dim, decoder.embed_dim),
+        ("predictions of 3 channels", 3 * embed.patch_size**2, decoder.predictor_proj.out_features),
+        ("images of the encoder's size", (rows * embed.patch_size, columns * embed.patch_size),
+         degradation.size),
+        ("images of the encoder's channels", embed.in_chans, degradation.channels),
+    ):  # fmt: skip
+        if expected != got:
+            raise ValueError(f"expected {what} {expected}, got {got}")
