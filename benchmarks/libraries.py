@@ -92,15 +92,15 @@ class KeptMap:
     """Rows of a map that is made once, as one can while sigma stays, and torch's soft cross-entropy."""
 
     def __init__(self) -> None:
-        self.map: Tensor | None = None
+        self.maps: dict[tuple[Smoothing, int], Tensor] = {}
 
     def __call__(
         self, logits: Tensor, index: Tensor, weight: Tensor, sigma: Tensor, smoothing: Smoothing
     ) -> Tensor:
-        positions = logits.shape[-1]
-        if self.map is None:
-            self.map = position_map(smoothing, sigma)[:positions, :positions].contiguous()
-        labels = self.map[index].flatten(0, 1)
+        kind = (smoothing, logits.shape[-1])
+        if kind not in self.maps:
+            self.maps[kind] = position_map(smoothing, sigma)[: kind[1], : kind[1]].contiguous()
+        labels = self.maps[kind][index].flatten(0, 1)
         each = F.cross_entropy(logits.flatten(0, 1).float(), labels, reduction="none")
         return torch.dot(each, weight.flatten()) / weight.sum()
 

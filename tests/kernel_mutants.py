@@ -50,6 +50,19 @@ TESTS = {
     ),
     "adamw_ema": ("tests/test_kernels.py", "tests/test_adamw_ema.py"),
     "multiblock_masks": ("tests/test_kernels.py", "tests/test_fused_masks.py"),
+    "position_cross_entropy": (
+        "tests/test_kernels.py",
+        "tests/test_real_shapes.py",
+        "tests/test_dtypes.py",
+        "tests/test_position_map.py",
+        "tests/test_partial_sums.py",
+    ),
+    "patch_mse": (
+        "tests/test_kernels.py",
+        "tests/test_real_shapes.py",
+        "tests/test_dtypes.py",
+        "tests/test_partial_sums.py",
+    ),
 }
 """By operation, the files of its tests; of those that serve several, the tests that name it are run."""
 
@@ -68,6 +81,12 @@ PHILOX, LOSS, WRAPPER = (
 
 P, S, A, N = "predictor_tokens", "target_smooth_l1", "attention", "layer_norm"
 G, U, M = "linear_gelu", "adamw_ema", "multiblock_masks"
+POSITION, PATCH, MEANS = (
+    "kernels/position_cross_entropy.py",
+    "kernels/patch_mse.py",
+    "kernels/_means.py",
+)
+E, Q = "position_cross_entropy", "patch_mse"
 MUTANTS = (
     Mutant(P, "32-bit rows", TOKENS, "row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)",
            "row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)"),
@@ -175,6 +194,52 @@ MUTANTS = (
     Mutant(M, "one patch too few accepted", MASKS, "(kept <= min_keep)", "(kept < min_keep)"),
     Mutant(M, "targets allowed in contexts", MASKS, "tl.where(inside, 0, member)", "tl.where(inside, member, member)"),
     Mutant(M, "unused slots not zeroed", MASKS, "unused = (patch >= kept)", "unused = (patch > kept)"),
+    Mutant(E, "distance not squared", POSITION, "-(distance * distance) * sharpness", "-tl.abs(distance) * sharpness"),
+    Mutant(E, "sigma not squared", POSITION, "tl.maximum(spread * spread, ", "tl.maximum(spread, "),
+    Mutant(E, "twice the variance", POSITION, "1.0 / tl.maximum(", "0.5 / tl.maximum("),
+    Mutant(E, "no floor at sigma 0", POSITION, "tl.maximum(spread * spread, SMALLEST_SPREAD)", "(spread * spread)"),
+    Mutant(E, "rows normed for columns", POSITION, "apart = (label if BY_ROW else place)", "apart = (place if BY_ROW else label)"),
+    Mutant(E, "always normed by row", POSITION, 'by_row = smoothing.norm == "row"', "by_row = True"),
+    Mutant(E, "places beyond the axis in the sums", POSITION, "tl.where((every < SIDE)[None, :], _near(apart, sharpness), 0.0)", "_near(apart, sharpness)"),
+    Mutant(E, "sums end with the logits", POSITION, "        DOWN=down,\n", "        DOWN=triton.cdiv(positions, across),\n"),
+    Mutant(E, "axes of the label swapped", POSITION, "_shares(label // ACROSS, sharpness, DOWN", "_shares(label % ACROSS, sharpness, DOWN"),
+    Mutant(E, "labels made up to 1", POSITION, "tl.log(all_mass) * all_smoothed - expected", "tl.log(all_mass) - expected / all_smoothed"),
+    Mutant(E, "gradient of labels that add up to 1", POSITION, "(all_smoothed / all_mass)", "(1.0 / all_mass)"),
+    Mutant(E, "logits beyond the last", POSITION, "& (position < positions))", "& (position <= positions))"),
+    Mutant(E, "last column's neighbour", POSITION, "(across < ACROSS)[None, :]", "(across <= ACROSS)[None, :]"),
+    Mutant(E, "highest logit not subtracted", POSITION, "highest = tl.where(inside, tl.max(tl.max(value, 2), 1), 0.0)", "highest = tl.where(inside, 0.0, 0.0)"),
+    Mutant(E, "confident from above only", POSITION, "likely >= wanted", "likely > wanted"),
+    Mutant(E, "the confident kept", POSITION, "tl.where(likely >= wanted, 0.0, counted)", "tl.where(likely >= wanted, counted, 0.0)"),
+    Mutant(E, "confidence not a probability", POSITION, " - tl.log(all_mass))\n", ")\n"),
+    Mutant(E, "ignored whether asked or not", POSITION, "    if IGNORE_CONFIDENT:\n", "    if True:\n"),
+    Mutant(E, "all patches count", POSITION, "counted = tl.load(weight + row, mask=inside, other=0.0).to(tl.float32)", "counted = tl.where(inside, 1.0, 0.0)"),
+    Mutant(E, "weights forgotten going back", POSITION, "tl.load(upstream) / divisor) * counted", "tl.load(upstream) / divisor) * tl.where(counted > 0, 1.0, 0.0)"),
+    Mutant(E, "incoming gradient ignored", POSITION, "tl.load(upstream) / divisor)", "1.0 / divisor)"),
+    Mutant(E, "a batch without weight divided by", POSITION, "tl.where(divisor == 0.0, 0.0, tl.load(upstream) / divisor)", "(tl.load(upstream) / divisor)"),
+    Mutant(E, "no weight, no number", MEANS, "tl.where(weight == 0.0, 1.0, weight)", "weight"),
+    Mutant(E, "strides swapped", POSITION, "row // visible * logits_image + row % visible * logits_patch", "row // visible * logits_patch + row % visible * logits_image"),
+    Mutant(E, "sums of the first programs", MEANS, "at = start + tl.arange(0, BLOCK)", "at = tl.arange(0, BLOCK)"),
+    Mutant(Q, "sums of the first programs", MEANS, "at = start + tl.arange(0, BLOCK)", "at = tl.arange(0, BLOCK)"),
+    Mutant(Q, "mean of a batch of nothing", MEANS, "tl.where(weight == 0.0, 1.0, weight)", "weight"),
+    Mutant(Q, "sum for the mean", PATCH, "mean_of(sums, prediction.numel())", "mean_of(sums, 1)"),
+    Mutant(Q, "biased variance of a patch", PATCH, "(SIDE * SIDE * CHANNELS - 1)", "(SIDE * SIDE * CHANNELS)"),
+    Mutant(Q, "biased variance of a channel", PATCH, "(SIDE * SIDE - 1)", "(SIDE * SIDE)"),
+    Mutant(Q, "eps outside the root", PATCH, "CHANNELS - 1) + eps0)", "CHANNELS - 1)) + eps0"),
+    Mutant(Q, "eps inside the root", PATCH, "tl.sqrt(tl.sum(target * target, 1) / (SIDE * SIDE - 1))", "tl.sqrt(tl.sum(target * target, 1) / (SIDE * SIDE - 1) + eps0)"),
+    Mutant(Q, "one eps for all channels", PATCH, "(deviation + eps[None, :])", "(deviation + eps0)"),
+    Mutant(Q, "mean of the patch left in", PATCH, "target - mean[:, None, None]", "target"),
+    Mutant(Q, "mean of the channel left in", PATCH, "target - mean[:, None, :]", "target"),
+    Mutant(Q, "pixels beyond the patch in the sum", PATCH, "target = tl.where(both, target - mean[:, None, :], 0.0)", "target = target - mean[:, None, :]"),
+    Mutant(Q, "channels before pixels", PATCH, "value = (pixel * CHANNELS)[:, None] + channel[None, :]", "value = pixel[:, None] + (channel * SIDE * SIDE)[None, :]"),
+    Mutant(Q, "pixels by columns", PATCH, "(pixel // SIDE).to(tl.int64) * images_row + (pixel % SIDE).to(tl.int64) * images_column", "(pixel % SIDE).to(tl.int64) * images_row + (pixel // SIDE).to(tl.int64) * images_column"),
+    Mutant(Q, "patches by columns", PATCH, "images.shape[3] // side,", "images.shape[2] // side,"),
+    Mutant(Q, "index ignored", PATCH, "    if index is not None:\n        patch = ", "    if index is not None:\n        patch = 0 * "),
+    Mutant(Q, "patch of another image", PATCH, "corner = image * images_image", "corner = row % 2 * images_image"),
+    Mutant(Q, "dense rows of the image assumed", PATCH, "*images.stride(),", "*images.stride()[:2], images.shape[3], 1,"),
+    Mutant(Q, "prediction's strides swapped", PATCH, "image * prediction_image + patch * prediction_token", "image * prediction_token + patch * prediction_image"),
+    Mutant(Q, "half the gradient", PATCH, "(2.0 * tl.load(upstream) / count)", "(tl.load(upstream) / count)"),
+    Mutant(Q, "incoming gradient ignored", PATCH, "(2.0 * tl.load(upstream) / count)", "(2.0 / count)"),
+    Mutant(Q, "gradient of the sum", PATCH, "(2.0 * tl.load(upstream) / count)", "(2.0 * tl.load(upstream))"),
 )  # fmt: skip
 
 

@@ -138,10 +138,9 @@ def test_confident_patches_are_ignored(norm: str, ops: Ops, device: torch.device
     assert found.item() == pytest.approx(loss(False, kept).item(), rel=1e-6)
     (gradient,) = torch.autograd.grad(found, logits)
     assert (gradient[0].abs().sum(-1) > 0).tolist() == [False, True, False, True]
-    # Equality counts as confident: nothing is left of patches that are certain, and their loss is 0.
+    # Equality counts as confident: with the certain ones left out, the mean is that of the others.
     sigma.zero_()
     with torch.no_grad():
-        logits.scatter_(2, index[..., None], 200.0)
-    found = loss(True, weight)
-    (gradient,) = torch.autograd.grad(found, logits)
-    assert found.item() == 0.0 and not gradient.any()
+        logits.zero_()[0, :3].scatter_(1, index[0, :3, None], 200.0)
+    assert loss(True, weight).item() == pytest.approx(math.log(196), rel=1e-6)
+    assert loss(True, weight * (logits.detach()[0].amax(-1) > 0)).item() == 0.0
