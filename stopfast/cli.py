@@ -10,6 +10,7 @@ commands:
   demo                                          I-JEPA and StoP on handwritten digits, with a report
   pretrain PRESET [--section.field VALUE ...]   train an encoder on a folder of images
   evaluate CHECKPOINT ... --data DIR            what the features of trained encoders are worth
+  finetune CHECKPOINT --data DIR --recipe NAME  a classifier from a trained encoder, end to end
   report RUN ... [--output FILE]                curves and pictures of runs, in one HTML file
   export CHECKPOINT --format F --output PATH    to timm, Hugging Face, safetensors or a published checkpoint
   verify --config PRESET|PATH                   fused operations against eager ones, on your settings
@@ -18,7 +19,7 @@ commands:
 `stopfast COMMAND --help` tells more.
 """
 
-COMMANDS = ("demo", "pretrain", "evaluate", "report", "export", "verify", "env")
+COMMANDS = ("demo", "pretrain", "evaluate", "finetune", "report", "export", "verify", "env")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

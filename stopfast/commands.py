@@ -25,6 +25,7 @@ from stopfast.evaluation.evaluate import (
     save_evaluation,
 )
 from stopfast.export import Format, export_run
+from stopfast.finetuning import finetune, finetune_settings
 from stopfast.presets import PRESETS
 from stopfast.published_yaml import from_yaml
 from stopfast.report import report
@@ -40,7 +41,8 @@ PRETRAIN_USAGE = """usage: stopfast pretrain PRESET [--section.field VALUE ...]
 FILE is a configuration of the published I-JEPA or StoP program, unchanged.
 `stopfast pretrain PRESET --help` lists every setting, `--dry-run` prints them resolved.
 
-presets:
+presets; NAME-corrected mends the quirks of a published one, where it has any, and NAME-demo is NAME-cifar10
+on handwritten digits, without data of your own:
 """
 
 
@@ -134,8 +136,9 @@ def run_demo(arguments: Sequence[str]) -> int:
 def run_pretrain(arguments: Sequence[str]) -> int:
     """Train by a preset or a published YAML file."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        width = max(map(len, PRESETS))
-        lines = [f"  {n:<{width}}  {_summary(build)}" for n, build in PRESETS.items()]
+        names = [n for n in PRESETS if not n.endswith(("-corrected", "-demo"))]
+        width = max(map(len, names))
+        lines = [f"  {n:<{width}}  {_summary(PRESETS[n])}" for n in names]
         text = PRETRAIN_USAGE + "\n".join(lines)
         print(text, file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 2
@@ -159,7 +162,7 @@ def run_pretrain(arguments: Sequence[str]) -> int:
         near = get_close_matches(first, PRESETS, n=1)
         meant = f"; is it {near[0]!r}?" if near else ""
         raise ValueError(
-            f"expected --from-yaml FILE or one of the presets {', '.join(PRESETS)} first, "
+            "expected --from-yaml FILE or a preset first, which `stopfast pretrain --help` lists, "
             f"got {first!r}{meant}"
         )
     config = tyro.cli(Config, default=begin, prog=f"stopfast pretrain {first}", args=rest)
@@ -186,6 +189,12 @@ def _or_stopped(work: Callable[[], object]) -> int:
 def _summary(build: object) -> str:
     lines = (build.__doc__ or "").strip().splitlines()
     return lines[0] if lines else ""
+
+
+def run_finetune(arguments: Sequence[str]) -> int:
+    """Train a classifier from a checkpoint's encoder, end to end."""
+    settings = finetune_settings(arguments)
+    return _or_stopped(lambda: finetune(settings, _console()))
 
 
 def run_evaluate(arguments: Sequence[str]) -> None:

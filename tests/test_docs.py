@@ -66,19 +66,32 @@ def test_links_and_names():
         assert not missing, f"{page.name}: {missing}"
 
 
+def _setting(config, flag):
+    for name in flag.replace("-", "_").split("."):
+        config = getattr(config, name, "absent")
+    return config
+
+
 def test_switches_of_the_presets():
     """What the page on faithful and corrected presets says of them."""
     text = (ROOT / "docs" / "faithful-and-corrected.md").read_text()
     table = text.split("## Mended by the corrected presets")[1].split("\n## ")[0]
-    rows = re.findall(r"\| `--(\w+)\.([\w-]+)` \| `?(\w+)`? \| `?(\w+)`? \|", table)
-    assert len(rows) == 4
-    twins = [name for name in PRESETS if f"{name}-corrected" in PRESETS]
-    assert twins
-    for name in twins:
-        pair = PRESETS[name](), PRESETS[f"{name}-corrected"]()
-        for section, setting, *expected in rows:
-            values = [getattr(getattr(c, section), setting.replace("-", "_")) for c in pair]
-            assert [str(value) for value in values] == expected
-    for section, setting in re.findall(r"`--(\w+)\.([\w-]+)", text):
-        settings_of = getattr(PRESETS["demo"](), section)
-        assert hasattr(settings_of, setting.replace("-", "_")), f"--{section}.{setting}"
+    families = {
+        "I-JEPA and StoP": "(ijepa|stop)-vit",
+        "DropPos": "droppos-",
+        "Beyond Masking": "beyond-",
+    }
+    for family, names in families.items():
+        part = table.split(f"### {family}\n")[1].split("\n### ")[0]
+        rows = re.findall(r"\| `--([\w.-]+)` \| `?(\w+)`? \| `?(\w+)`? \|", part)
+        assert len(rows) == part.count("\n| ") - 1
+        twins = [n for n in PRESETS if re.match(names, n) and f"{n}-corrected" in PRESETS]
+        assert twins
+        for name in twins:
+            pair = PRESETS[name](), PRESETS[f"{name}-corrected"]()
+            for flag, *expected in rows:
+                assert [str(_setting(config, flag)) for config in pair] == expected
+    kinds = [PRESETS[name]() for name in ("demo", "droppos-demo", "mae-demo")]
+    for flag in re.findall(r"`--([\w-]+\.[\w.-]+)", text):
+        if not flag.startswith("recipe."):
+            assert any(_setting(config, flag) != "absent" for config in kinds), flag

@@ -20,7 +20,6 @@ from stopfast.config import Config, from_document, to_document
 from stopfast.data.digits import digits_folder
 from stopfast.data.images import Images
 from stopfast.env import dali_problem
-from stopfast.presets import PRESETS
 from stopfast.step import TrainStep
 
 pytestmark = pytest.mark.skipif(dali_problem() is not None, reason="NVIDIA DALI is not installed")
@@ -317,11 +316,21 @@ def test_one_process_a_run(workplace, capsys):
     assert "no checkpoint in" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("preset", list(PRESETS))
-def test_dry_run_prints_the_settings(preset, workplace, capsys):
-    assert main(["pretrain", preset, "--dry-run", "--objective.mask.npred", "3"]) == 0
-    document = json.loads(capsys.readouterr().out)
-    assert document["objective"]["mask"]["npred"] == 3 and from_document(Config, document).preset == preset
+@pytest.mark.parametrize(
+    ("preset", "flag", "value"),
+    [
+        ("demo", "objective.mask.npred", 3),
+        ("stop-vit-b16", "objective.degrade.margin", 16),
+        ("droppos-vit-b16", "objective.sigma", 0.5),
+        ("beyond-zoomed-in-corrected", "objective.degrade.edge-weight", 0.5),
+    ],
+)
+def test_dry_run_prints_the_settings(preset, flag, value, workplace, capsys):
+    assert main(["pretrain", preset, "--dry-run", f"--{flag}", str(value)]) == 0
+    document = found = json.loads(capsys.readouterr().out)
+    for name in flag.replace("-", "_").split("."):
+        found = found[name]
+    assert found == value and from_document(Config, document).preset == preset
 
 
 @pytest.mark.parametrize(

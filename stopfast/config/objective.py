@@ -34,11 +34,14 @@ class MaskConfig:
     """Whether the shortest is that of the micro-batch or of the step's whole batch."""
 
 
+Degradation = Literal["none", "zoomed-in", "zoomed-out", "distorted", "blurred", "decolorized"]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DegradeConfig:
     """What is taken from the image that the encoder sees; see ``stopfast.degradations``."""
 
-    kind: Literal["none", "zoomed-in", "zoomed-out", "distorted", "blurred", "decolorized"] = "none"
+    kind: Degradation = "none"
     """A degradation of Beyond Masking (Tian et al., 2022)."""
     margin: int = 32
     """zoomed-in, zoomed-out: pixels on each side that the encoder does not see, or sees mirrored."""

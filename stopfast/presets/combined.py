@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from stopfast.config import Config, DegradeConfig
+from stopfast.config import Config, Degradation, DegradeConfig
 from stopfast.presets.corrected import corrected
 from stopfast.presets.decoders import DEGRADATIONS, droppos_vit_b16, mae_vit_b16
 from stopfast.presets.jepa import stop_vit_b16
@@ -24,9 +24,9 @@ def _noisy(name: str, config: Config) -> Config:
     return replace(corrected(config), preset=name, noise=stop_vit_b16().noise)
 
 
-def _degraded(kind: str) -> Config:
+def _degraded(kind: Degradation) -> Config:
     config = corrected(stop_vit_b16())
-    degrade = DegradeConfig(kind=kind, mix_channels=False, gray_channels=3)  # type: ignore[arg-type]
+    degrade = DegradeConfig(kind=kind, mix_channels=False, gray_channels=3)
     return replace(
         config,
         preset=f"stop-{kind}-vit-b16",
@@ -34,7 +34,7 @@ def _degraded(kind: str) -> Config:
     )
 
 
-def _context(kind: str) -> Callable[[], Config]:
+def _context(kind: Degradation) -> Callable[[], Config]:
     build = partial(_degraded, kind)
     build.__doc__ = f"StoP, ViT-B/16, of which the context encoder sees a {kind} image."
     return build

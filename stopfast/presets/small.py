@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 from stopfast.config import (
     Config,
@@ -65,29 +66,46 @@ def demo() -> Config:
     )
 
 
-def _objectives() -> dict[str, tuple[ObjectiveConfig, bool]]:
-    """What is learned, by name, and whether StoP's noise is on its queries."""
+class _Learned(NamedTuple):
+    """What is learned, and whether StoP's noise is on its queries."""
+
+    about: str
+    objective: ObjectiveConfig
+    noisy: bool = False
+
+
+def _objectives() -> dict[str, _Learned]:
     mask = cifar10().jepa.mask
-    found: dict[str, tuple[ObjectiveConfig, bool]] = {
-        "ijepa": (JepaConfig(mask=mask), False),
-        "droppos": (DropPosConfig(), False),
-        "mae": (ReconstructionConfig(), False),
-        "stop-droppos": (DropPosConfig(), True),
-        "stop-mae": (ReconstructionConfig(), True),
+    found = {
+        "ijepa": _Learned("I-JEPA", JepaConfig(mask=mask)),
+        "droppos": _Learned("DropPos", DropPosConfig()),
+        "mae": _Learned("MAE", ReconstructionConfig()),
+        "stop-droppos": _Learned("DropPos with StoP's noise", DropPosConfig(), True),
+        "stop-mae": _Learned("MAE with StoP's noise", ReconstructionConfig(), True),
     }
     for kind in DEGRADATIONS:
-        degrade = DegradeConfig(kind=kind, margin=_MARGIN, mix_channels=False, gray_channels=3)  # type: ignore[arg-type]
-        found[f"beyond-{kind}"] = (ReconstructionConfig(mask_ratio=0.0, degrade=degrade), False)
-        found[f"stop-{kind}"] = (JepaConfig(mask=mask, degrade=degrade), True)
-        if kind == "zoomed-in":
-            found["beyond-zoomed-in-mask"] = (ReconstructionConfig(degrade=degrade), False)
+        degrade = DegradeConfig(kind=kind, margin=_MARGIN, mix_channels=False, gray_channels=3)
+        found |= {
+            f"beyond-{kind}": _Learned(
+                f"Beyond Masking, {kind},", ReconstructionConfig(mask_ratio=0.0, degrade=degrade)
+            ),
+            f"stop-{kind}": _Learned(
+                f"StoP with a {kind} context", JepaConfig(mask=mask, degrade=degrade), True
+            ),
+        }
+    zoomed = DegradeConfig(kind="zoomed-in", margin=_MARGIN)
+    found["beyond-zoomed-in-mask"] = _Learned(
+        "Beyond Masking, zoomed-in and masked,", ReconstructionConfig(degrade=zoomed)
+    )
     return found
 
 
-def _small(name: str, base: Callable[[], Config], about: str) -> Callable[[], Config]:
+def _small(
+    name: str, learned: _Learned, base: Callable[[], Config], images: str
+) -> Callable[[], Config]:
     def build() -> Config:
         config = base()
-        objective, noisy = _objectives()[name]
+        objective, noisy = learned.objective, learned.noisy
         tokens = isinstance(objective, DropPosConfig) or name.endswith("mae")
         optim = config.optim
         if isinstance(objective, DropPosConfig):
@@ -101,7 +119,7 @@ def _small(name: str, base: Callable[[], Config], about: str) -> Callable[[], Co
             optim=optim,
         )
 
-    build.__doc__ = f"{name} {about}"
+    build.__doc__ = f"{learned.about} on {images}, with the same small encoder."
     return build
 
 
@@ -109,11 +127,8 @@ SMALL: tuple[Callable[[], Config], ...] = (
     demo,
     cifar10,
     *(
-        _small(name, base, about)
-        for base, about in (
-            (cifar10, "on 32-pixel photographs, with the encoder of cifar10."),
-            (demo, "on handwritten digits, with the encoder of demo."),
-        )
-        for name in _objectives()
+        _small(name, learned, base, images)
+        for base, images in ((cifar10, "32-pixel photographs"), (demo, "handwritten digits"))
+        for name, learned in _objectives().items()
     ),
 )
