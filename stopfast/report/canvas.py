@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from stopfast.report.page import Picture
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -53,6 +55,11 @@ def figure(height: float, rows: int = 1, columns: int = 1) -> "tuple[Figure, np.
         for edge in ax.spines.values():
             edge.set_color(FAINT)
     return made, axes
+
+
+def strip(columns: int, rows: int) -> float:
+    """Inches of height of rows of square images, given the label's place at the left."""
+    return (WIDTH - 0.9) / max(columns, 3) * rows + 0.1
 
 
 def title(ax: "Axes", text: str) -> None:
@@ -109,3 +116,10 @@ def data_uri(figure: "Figure", kind: Literal["svg", "png"]) -> str:
     figure.savefig(buffer, format=kind, dpi=_DPI, metadata={"Date": None} if kind == "svg" else {})
     media = "image/svg+xml" if kind == "svg" else "image/png"
     return f"data:{media};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def picture(
+    figure: "Figure", alternative: str, caption: str, kind: Literal["svg", "png"] = "png"
+) -> Picture:
+    """Return a figure as a part of the page."""
+    return Picture(source=data_uri(figure, kind), alternative=alternative, caption=caption)

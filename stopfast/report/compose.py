@@ -4,20 +4,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from torch import Tensor
+
 from stopfast import __version__
+from stopfast.config import Config
 from stopfast.report.canvas import require_matplotlib
+from stopfast.report.features import feature_section
+from stopfast.report.group import Group
+from stopfast.report.jepa import jepa_sections
 from stopfast.report.logs import read_log
 from stopfast.report.page import Section, render_page
+from stopfast.report.positions import position_section
+from stopfast.report.reconstructions import reconstruction_section
 from stopfast.report.samples import sample_images, spread
-from stopfast.report.sections import (
-    Group,
-    curve_section,
-    feature_section,
-    mask_section,
-    noise_section,
-    retrieval_section,
-)
 from stopfast.report.settings import difference_table, full_table, summary_table
+from stopfast.report.training import curve_section
 from stopfast.trained import TrainedRun, load_trained
 
 _POOL = 8
@@ -55,10 +56,10 @@ def report(
     folder = data or next(iter(loaded.values())).config.data.root
     groups = _groups(loaded, folder, images)
     body = [*sections, _settings_section(loaded)]
-    body.append(curve_section({n: read_log(p) for n, p in zip(loaded, runs, strict=True)}))
+    logs = {name: read_log(path) for name, path in zip(loaded, runs, strict=True)}
+    body.append(curve_section(loaded, logs))
     for group in groups:
-        made = (part(group) for part in _SECTIONS)
-        found = [section for section in made if section is not None]
+        found = _sections(group)
         if len(groups) > 1:
             names = ", ".join(group.runs)
             found = [replace(section, title=f"{section.title}: {names}") for section in found]
@@ -72,7 +73,10 @@ def report(
     return output
 
 
-_SECTIONS = (mask_section, feature_section, retrieval_section, noise_section)
+def _sections(group: Group) -> list[Section]:
+    """What there is to show of runs, those of some objectives only where there are such."""
+    made = (reconstruction_section(group), position_section(group), feature_section(group))
+    return [section for section in made if section is not None] + jepa_sections(group)
 
 
 def _names(runs: Sequence[Path]) -> list[str]:
@@ -96,11 +100,29 @@ def _groups(runs: Mapping[str, TrainedRun], folder: Path | None, count: int) -> 
     for members in alike.values():
         config = next(iter(members.values())).config
         if folder is None:
-            groups.append(Group(runs=members, pool=None))
+            groups.append(Group(runs=members, pool=None, fields={}))
             continue
-        pool = sample_images(folder, config, _POOL * count)
-        groups.append(Group(runs=members, pool=pool, shown=spread(len(pool), count).tolist()))
+        # The same photographs in every size that an objective takes.
+        sizes = {name: run.objective.transforms.size for name, run in members.items()}
+        taken = {config.data.transforms.size, *sizes.values()}
+        made = {size: _sized(folder, config, size, _POOL * count) for size in taken}
+        pool = made[config.data.transforms.size]
+        groups.append(
+            Group(
+                runs=members,
+                pool=pool,
+                shown=spread(len(pool), count).tolist(),
+                fields={name: made[size] for name, size in sizes.items()},
+            )
+        )
     return groups
+
+
+def _sized(folder: Path, config: Config, size: tuple[int, int], count: int) -> Tensor:
+    transforms = replace(config.data.transforms, size=size)
+    return sample_images(
+        folder, replace(config, data=replace(config.data, transforms=transforms)), count
+    )
 
 
 def _settings_section(runs: Mapping[str, TrainedRun]) -> Section:

@@ -1,14 +1,14 @@
 """What the pictures show, as numbers: coverage, covariance, similarities, components. No drawing here."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, normalize
 
-from stopfast.encoder import VisionTransformer
 from stopfast.masking import Masks, MultiBlockMasks
+from stopfast.objectives import Objective
 from stopfast.predictor import Predictor
 from stopfast.trained import TrainedRun
 
@@ -99,9 +99,9 @@ def position_cosines(predictor: Predictor, place: int, noise: Tensor | None = No
 
 
 @torch.inference_mode()
-def patch_features(encoder: VisionTransformer, images: Tensor) -> Tensor:
-    """Return the encoder's normed output for whole images [B, 3, H, W]: fp32 [B, N, D]."""
-    return encoder(images).float()
+def patch_features(objective: Objective[Any], images: Tensor) -> Tensor:
+    """Return the features of whole images [B, 3, H, W], as evaluation takes them: fp32 [B, N, D]."""
+    return objective.features(images).float()
 
 
 def position_share(features: Tensor) -> float:
@@ -150,13 +150,14 @@ class Retrieval(NamedTuple):
 
 @torch.inference_mode()
 def retrieve(
-    run: TrainedRun, images: Tensor, masks: Masks, *, temperature: float = 0.1
+    run: TrainedRun, seen: Tensor, images: Tensor, masks: Masks, *, temperature: float = 0.1
 ) -> Retrieval:
     """Predict the middle token of each image's first target block, and compare it with every token.
 
     Args:
         run: its three networks; the noise is drawn once, as in training, from the run's seed.
-        images: fp32 [B, 3, H, W], normalised.
+        seen: what the context encoder sees, fp32 [B, C, H, W], normalised: the images, or degraded ones.
+        images: what the target encoder sees, fp32 [B, 3, H, W].
         masks: of these images; the first context and target masks are used.
         temperature: of the softmax over the cosines.
 
@@ -165,7 +166,7 @@ def retrieve(
     context, target = masks.context[0], masks.target[0]
     middle = target.shape[1] // 2
     seed = torch.tensor([run.config.run.seed, run.step])
-    predicted = run.predictor(run.encoder(images, context), context, target, seed=seed)
+    predicted = run.predictor(run.encoder(seen, context), context, target, seed=seed)
     features = run.target_encoder(images, K=run.config.jepa.target_blocks).float()
     features = layer_norm(features, features.shape[-1:], eps=1e-5)
     predicted = normalize(predicted[:, middle].float(), dim=-1)

@@ -11,13 +11,13 @@ from stopfast.pos_embed import Grid
 from stopfast.report.canvas import (
     COLOURS,
     INK,
-    WIDTH,
     colour_bar,
     figure,
     label,
     legend,
     show,
     side_label,
+    strip,
     title,
 )
 from stopfast.report.measures import Coverage, Retrieval
@@ -28,23 +28,28 @@ if TYPE_CHECKING:
 
 Curve = tuple[Sequence[int], Sequence[float]]
 """Steps, and the values logged at them."""
+UNSEEN = 0.86
+"""Gray of what an encoder does not see."""
 
 
 def draw_curves(
-    panels: Mapping[str, Mapping[str, Curve]], log_scale: Sequence[str] = ()
+    panels: Mapping[str, Mapping[str, Curve]],
+    log_scale: Sequence[str] = (),
+    runs: Sequence[str] = (),
 ) -> "Figure":
     """Draw curves over steps: a panel for each quantity, in it a line for each run.
 
     Args:
         panels: curves by quantity, then by run; a run keeps its colour in all panels.
         log_scale: quantities whose axis is logarithmic.
+        runs: all of them, in the order of their colours; default: as they come.
 
     Raises:
         ValueError: no panel.
     """
     if not panels:
         raise ValueError("expected at least one quantity to draw, got none")
-    runs = list(dict.fromkeys(run for curves in panels.values() for run in curves))
+    runs = runs or list(dict.fromkeys(run for curves in panels.values() for run in curves))
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
     made, axes = figure(2.7 * rows, rows, columns)
@@ -79,24 +84,28 @@ def draw_coverage(coverages: Mapping[str, Coverage]) -> "Figure":
     return made
 
 
-def draw_masks(images: Tensor, masks: Masks, grid: Grid) -> "Figure":
-    """Draw example images, what of them the context encoder sees, and the target blocks.
+def draw_masks(
+    images: Tensor, masks: Masks, grid: Grid, contexts: Mapping[str, Tensor]
+) -> "Figure":
+    """Draw example images, what of them context encoders see, and the target blocks.
 
     Args:
         images: [B, H, W, 3] in 0..1.
         masks: of these images; the first context and all targets are drawn.
         grid: rows and columns of patches.
+        contexts: by name, what is seen of the images, before masks, [B, H, W, 3] in 0..1.
     """
-    made, axes = figure(_strip(len(images), 3), 3, len(images))
-    pixels = images.numpy()
-    for number, picture in enumerate(pixels):
+    rows = len(contexts) + 2
+    made, axes = figure(strip(len(images), rows), rows, len(images))
+    for number, picture in enumerate(images.numpy()):
         show(axes[0, number], picture)
-        kept = _patch_map(masks.context[0][number], grid, picture.shape)
-        show(axes[1, number], np.where(kept[..., None], picture, 0.86))
-        show(axes[2, number], 0.35 * picture + 0.65)
+        kept = patch_map(masks.context[0][number], grid, picture.shape)
+        for ax, seen in zip(axes[1:-1, number], contexts.values(), strict=True):
+            show(ax, np.where(kept[..., None], seen[number].numpy(), UNSEEN))
+        show(axes[-1, number], pale(picture))
         for target, block in enumerate(masks.target):
-            _outline(axes[2, number], block[number], grid, picture.shape, COLOURS[target % 8])
-    for row, name in enumerate(("image", "context", "targets")):
+            _outline(axes[-1, number], block[number], grid, picture.shape, COLOURS[target % 8])
+    for row, name in enumerate(("image", *contexts, "targets")):
         side_label(axes[row, 0], name)
     return made
 
@@ -162,18 +171,23 @@ def draw_cosines(
     return made
 
 
-def draw_components(images: Tensor, colours: Mapping[str, Tensor]) -> "Figure":
-    """Draw images above the colours of their patches.
+def draw_images(
+    rows: Mapping[str, Tensor], frames: Mapping[str, tuple[int, int, int, int]] | None = None
+) -> "Figure":
+    """Draw rows of images, one column for each.
 
     Args:
-        images: [B, H, W, 3] in 0..1.
-        colours: by name, fp32 [B, rows, columns, 3] in 0..1.
+        rows: by name, fp32 [B, H, W, 3] in 0..1; rows may differ in size.
+        frames: by row, a rectangle to draw on its images: left, top, width and height in pixels.
     """
-    count = len(images)
-    made, axes = figure(_strip(count, len(colours) + 1), len(colours) + 1, count)
-    for row, (name, maps) in enumerate({"image": images, **colours}.items()):
-        for ax, values in zip(axes[row], maps, strict=True):
+    count = max(map(len, rows.values()))
+    made, axes = figure(strip(count, len(rows)), len(rows), count)
+    for row, (name, images) in enumerate(rows.items()):
+        for ax, values in zip(axes[row], images, strict=True):
             show(ax, values.numpy())
+            if frames and name in frames:
+                left, top, width, height = frames[name]
+                frame(ax, (left - 0.5, top - 0.5), width, height)
         side_label(axes[row, 0], name)
     return made
 
@@ -189,10 +203,10 @@ def draw_retrieval(
         grid: rows and columns of patches.
         found: by run; each heat map has a colour scale of its own, from 0 to its largest weight.
     """
-    made, axes = figure(_strip(len(images), len(found) + 1), len(found) + 1, len(images))
+    made, axes = figure(strip(len(images), len(found) + 1), len(found) + 1, len(images))
     for number, picture in enumerate(images.numpy()):
-        kept = _patch_map(context[number], grid, picture.shape)
-        show(axes[0, number], np.where(kept[..., None], picture, 0.25 * picture + 0.65))
+        kept = patch_map(context[number], grid, picture.shape)
+        show(axes[0, number], np.where(kept[..., None], picture, pale(picture)))
         for ax, retrieval in zip(axes[1:, number], found.values(), strict=True):
             show(ax, retrieval.weights[number].numpy(), low=0.0)
         place = int(next(iter(found.values())).places[number])
@@ -205,12 +219,7 @@ def draw_retrieval(
     return made
 
 
-def _strip(columns: int, rows: int) -> float:
-    """Inches of height of rows of square images, given the label's place at the left."""
-    return (WIDTH - 0.9) / max(columns, 3) * rows + 0.1
-
-
-def _patch_map(index: Tensor, grid: Grid, shape: Sequence[int]) -> np.ndarray:
+def patch_map(index: Tensor, grid: Grid, shape: Sequence[int]) -> np.ndarray:
     """bool [H, W]: the pixels of the patches in ``index``."""
     patches = np.zeros(grid, dtype=bool)
     patches.flat[index.numpy()] = True
@@ -229,12 +238,23 @@ def _outline(ax: "Axes", index: Tensor, grid: Grid, shape: Sequence[int], colour
     )
 
 
+def pale(picture: np.ndarray) -> np.ndarray:
+    """What an image in 0..1 looks like where it is only there to show where one is."""
+    return 0.35 * picture + 0.65
+
+
 def _mark(ax: "Axes", place: int, grid: Grid, scale: tuple[float, float] = (1.0, 1.0)) -> None:
     """Frame one patch of a map, or of an image whose patches are ``scale`` pixels large."""
-    from matplotlib.patches import Rectangle
-
     row, column = divmod(place, grid[1])
     height, width = scale
-    corner = column * width - 0.5, row * height - 0.5
-    for colour, line in (("white", 2.6), ("#D55E00", 1.3)):
-        ax.add_patch(Rectangle(corner, width, height, fill=False, edgecolor=colour, linewidth=line))
+    frame(ax, (column * width - 0.5, row * height - 0.5), width, height)
+
+
+def frame(
+    ax: "Axes", corner: tuple[float, float], width: float, height: float, colour: str = COLOURS[1]
+) -> None:
+    """Draw a rectangle that shows on light and dark."""
+    from matplotlib.patches import Rectangle
+
+    for edge, line in (("white", 2.6), (colour, 1.3)):
+        ax.add_patch(Rectangle(corner, width, height, fill=False, edgecolor=edge, linewidth=line))

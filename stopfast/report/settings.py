@@ -3,7 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-from stopfast.config import Config, to_document
+from stopfast.config import (
+    Config,
+    DropPosConfig,
+    JepaConfig,
+    ReconstructionConfig,
+    to_document,
+)
 from stopfast.report.page import Table
 from stopfast.trained import TrainedRun
 
@@ -12,19 +18,21 @@ def summary_table(runs: Mapping[str, TrainedRun]) -> Table:
     """Return what each run is, a column for each."""
     rows = [
         ("preset", lambda run: run.config.preset),
+        ("objective", lambda run: objective_name(run.config)),
         ("optimiser steps done", lambda run: f"{run.step:,}"),
         ("images of a step", lambda run: f"{run.config.data.batch_size:,}"),
         ("encoder", _encoder),
-        ("predictor", _predictor),
+        ("predictor or decoder", _predictor),
         ("queries", _queries),
-        ("masks", lambda run: mask_kind(run.config)),
+        ("masks", _masks),
+        ("what the encoder sees", _view),
+        ("target", _target),
         ("augmentation", _augmentation),
         ("peak learning rate", lambda run: f"{run.config.optim.lr:g}"),
         ("seed", lambda run: str(run.config.run.seed)),
     ]
-    return Table(
-        header=("", *runs), rows=[(name, *(tell(r) for r in runs.values())) for name, tell in rows]
-    )
+    told = [(name, *(tell(run) for run in runs.values())) for name, tell in rows]
+    return Table(header=("", *runs), rows=[row for row in told if any(row[1:])])
 
 
 def difference_table(runs: Mapping[str, TrainedRun]) -> Table | None:
@@ -52,6 +60,20 @@ def full_table(runs: Mapping[str, TrainedRun]) -> Table:
     )
 
 
+def objective_name(config: Config) -> str:
+    """Say what is learned by the name that it is known under."""
+    objective = config.objective
+    if isinstance(objective, DropPosConfig):
+        name, noisy = "DropPos", _noisy(config)
+    elif isinstance(objective, JepaConfig):
+        name, noisy = _QUERIES[config.noise.variant][0], False
+    elif objective.degrade.kind == "none":
+        name, noisy = "MAE", _noisy(config)
+    else:
+        name, noisy = f"Beyond Masking, {objective.degrade.kind}", _noisy(config)
+    return f"{name}, with StoP's noise" if noisy else name
+
+
 def mask_kind(config: Config) -> str:
     """Say whether masks are as published, mended, or something between."""
     mask = config.jepa.mask
@@ -72,14 +94,64 @@ def _predictor(run: TrainedRun) -> str:
     return f"width {model.predictor_embed_dim}, {model.predictor_depth} blocks"
 
 
+_QUERIES = {
+    "ijepa": ("I-JEPA", "mask token + position"),
+    "stop": ("StoP", "position + projected noise, std {0:g} ({1} covariance)"),
+    "stop_off": ("StoP switched off", "position alone"),
+    "stop_paper": (
+        "StoP as in the paper",
+        "position + projected noise, variance {0:g}, + mask token",
+    ),
+}
+"""By variant of the predictor, its name, and what its queries are."""
+
+
+def _noisy(config: Config) -> bool:
+    return config.noise.variant in ("stop", "stop_paper")
+
+
 def _queries(run: TrainedRun) -> str:
-    noise = run.config.noise
-    return {
-        "ijepa": "I-JEPA: mask token + position",
-        "stop": f"StoP: position + projected noise, std {noise.noise_var:g} ({noise.cov} covariance)",
-        "stop_off": "StoP switched off: position alone",
-        "stop_paper": f"StoP as in the paper: variance {noise.noise_var:g}, mask token",
-    }[noise.variant]
+    config = run.config
+    objective, noise = config.objective, config.noise
+    if isinstance(objective, DropPosConfig):
+        return "features + projected noise" if _noisy(config) else ""
+    if isinstance(objective, ReconstructionConfig) and not objective.mask_ratio:
+        return ""
+    return _QUERIES[noise.variant][1].format(noise.noise_var, noise.cov)
+
+
+def _masks(run: TrainedRun) -> str:
+    objective = run.config.objective
+    if isinstance(objective, JepaConfig):
+        return f"multi-block, {mask_kind(run.config)}"
+    masked = f"{100 * objective.mask_ratio:g} % of the patches" if objective.mask_ratio else "none"
+    if isinstance(objective, DropPosConfig):
+        masked += f", and the positions of {100 * objective.position_mask_ratio:g} % of the rest"
+    return masked
+
+
+def _view(run: TrainedRun) -> str:
+    objective = run.config.objective
+    if isinstance(objective, DropPosConfig) or objective.degrade.kind == "none":
+        return "the image"
+    degrade = objective.degrade
+    told = {
+        "zoomed-in": f", without {degrade.margin} pixels on each side",
+        "zoomed-out": f", {2 * degrade.margin} pixels smaller",
+    }
+    return f"the image {degrade.kind}{told.get(degrade.kind, '')}"
+
+
+def _target(run: TrainedRun) -> str:
+    objective = run.config.objective
+    if isinstance(objective, JepaConfig):
+        return "features of the target encoder"
+    if isinstance(objective, ReconstructionConfig):
+        by = {"patch": "patch", "channel": "channel of a patch"}.get(objective.target_norm)
+        return f"pixels, normalised by {by}" if by else "pixels"
+    told = f"positions, smoothed by {objective.sigma:g}" if objective.sigma else "positions"
+    told += ", falling to 0" if objective.sigma and objective.sigma_decay else ""
+    return f"{told}; pixels" if objective.multi_task else told
 
 
 def _augmentation(run: TrainedRun) -> str:

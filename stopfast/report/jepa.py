@@ -1,90 +1,40 @@
-"""The sections of a report: what is computed of the runs, drawn, and said about it."""
+"""The sections of runs of I-JEPA and StoP: masks, noise, what a prediction finds."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from stopfast.build import build_jepa, build_masks
-from stopfast.config import Config
+from stopfast.config import Config, JepaConfig
+from stopfast.degradations import Degradation
 from stopfast.masking import Masks
-from stopfast.monitors import LEAST_STD, LEAST_VARIANCE
+from stopfast.objectives.jepa import Jepa
 from stopfast.predictor import Predictor
 from stopfast.report import measures, pictures
-from stopfast.report.canvas import data_uri
-from stopfast.report.logs import curve, thin
+from stopfast.report.canvas import picture
+from stopfast.report.group import Group
 from stopfast.report.page import Picture, Section
 from stopfast.report.samples import to_pixels
 from stopfast.report.settings import mask_kind
+from stopfast.report.views import STRETCHED, view_pixels
+from stopfast.report.wording import percent
 from stopfast.trained import TrainedRun
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-_QUANTITIES = {
-    "loss": "loss",
-    "lr": "learning rate",
-    "feature_std": "feature std",
-    "rankme": "RankMe",
-    "target_variance": "target variance",
-    "knn": "kNN accuracy",
-}
 _COVERAGE_BATCHES = 64
 _DRAWS = 256
 _TEMPERATURE = 0.1
 
 
-@dataclass(frozen=True, kw_only=True)
-class Group:
-    """Runs of one image size and patch size, which share pictures."""
-
-    runs: Mapping[str, TrainedRun]
-    pool: Tensor | None
-    """fp32 [P, 3, H, W], normalised, over which features are averaged; None where there are no images."""
-    shown: Sequence[int] = ()
-    """Which of the pool the pictures show."""
-
-    @property
-    def first(self) -> TrainedRun:
-        """The run whose settings decide what the others share."""
-        return next(iter(self.runs.values()))
-
-    @property
-    def images(self) -> Tensor | None:
-        """The images that the pictures show, fp32 [B, 3, H, W]."""
-        return None if self.pool is None else self.pool[list(self.shown)]
-
-
-def curve_section(logs: Mapping[str, list[dict[str, Any]]]) -> Section:
-    """Return loss, learning rate and monitors over the steps."""
-    panels, longest = {}, 1
-    for key, name in _QUANTITIES.items():
-        curves = {run: thin(curve(rows, key)) for run, rows in logs.items()}
-        longest = max(longest, *(length for _, _, length in curves.values()))
-        drawn = {run: (steps, values) for run, (steps, values, _) in curves.items() if steps}
-        if drawn:
-            panels[name] = drawn
-    if not panels:
-        return Section(title="Training", text="These runs left no log.")
-    points = "" if longest == 1 else f" A point is the mean of up to {longest:,} steps."
-    caption = (
-        f"What the runs logged while they trained.{points} The loss is the mean smooth-L1 distance to the "
-        "target encoder's features, which change as it trains: a lower loss does not mean a better encoder."
-    )
-    if panels.keys() & {"feature std", "RankMe", "target variance"}:
-        caption += (
-            " The monitors look at the target encoder. Feature std is 1 where image features point evenly "
-            "in all directions, RankMe is the effective number of their dimensions, target variance the "
-            "part of the targets that differs between images and places; features that collapse bring them "
-            "towards 0, 1 and 0. Step 0 is the untrained encoder: its features are mostly their mean, so "
-            "feature std and RankMe begin low. They and the target variance may fall while kNN rises; a "
-            f"run warns where features hardly differ any more (std below {LEAST_STD}, variance below "
-            f"{LEAST_VARIANCE})."
-        )
-    figure = pictures.draw_curves(panels, log_scale=("loss",))
-    return Section(title="Training", parts=[_picture(figure, ", ".join(panels), caption, "svg")])
+def jepa_sections(group: Group) -> list[Section]:
+    """Return what there is to show of the runs of I-JEPA and StoP; nothing where there are none."""
+    own = group.of(JepaConfig)
+    if own is None:
+        return []
+    made = (mask_section(own), retrieval_section(own), noise_section(own))
+    return [section for section in made if section is not None]
 
 
 def mask_section(group: Group) -> Section:
@@ -95,14 +45,20 @@ def mask_section(group: Group) -> Section:
     if group.images is not None:
         drawn, batch = _first_masks(config, len(group.images))
         pixels = to_pixels(group.images, config.data.transforms)
+        contexts = _contexts(group)
         caption = (
-            f"Masks of the first step{_whose(group)} ({mask_kind(config)}), laid over example images. "
+            f"Masks of the first step{group.whose} ({mask_kind(config)}), laid over example images. "
             f"Context: what the encoder is given, cut to the shortest of the {batch} contexts of its "
             f"batch. Targets: the {len(drawn.target)} blocks whose features are predicted; they may "
             "overlap one another."
         )
-        figure = pictures.draw_masks(pixels, drawn, masks.grid)
-        parts.append(_picture(figure, "example masks", caption))
+        if any(_degradation(run) for run in group.runs.values()):
+            caption += (
+                " A degraded context is what that encoder sees, while the target encoder sees the image "
+                f"as it is. {STRETCHED}"
+            )
+        figure = pictures.draw_masks(pixels, drawn, masks.grid, contexts)
+        parts.append(picture(figure, "example masks", caption))
     kinds = {
         name: replace(config, objective=replace(config.jepa, mask=mask))
         for name, mask in _mask_kinds(config).items()
@@ -121,7 +77,7 @@ def mask_section(group: Group) -> Section:
     )
     if empty:
         caption += f" The last row and column are never seen with {' and '.join(empty)} masks."
-    parts.append(_picture(pictures.draw_coverage(coverages), "coverage of the patches", caption))
+    parts.append(picture(pictures.draw_coverage(coverages), "coverage of the patches", caption))
     return Section(title="Masks", parts=parts)
 
 
@@ -146,44 +102,9 @@ def noise_section(group: Group) -> Section:
             + "; ".join(f"{name}: {n:.3g} over {p:.3g}" for name, (n, p) in ratios.items())
             + ")."
         )
-    parts = [_picture(pictures.draw_noise(spectra, ratios), "spectrum of A Aᵀ", caption, "svg")]
+    parts = [picture(pictures.draw_noise(spectra, ratios), "spectrum of A Aᵀ", caption, "svg")]
     parts.append(_cosines(group, {n: p for n, p in predictors.items() if n in ratios}))
     return Section(title="Position and noise", parts=parts)
-
-
-def feature_section(group: Group) -> Section | None:
-    """Return the principal components of patch features, with and without position; None without images."""
-    if group.pool is None or group.images is None:
-        return None
-    encoders = {"untrained": group.first.untrained()}
-    encoders |= {name: run.target_encoder for name, run in group.runs.items()}
-    features = {n: measures.patch_features(e, group.pool) for n, e in encoders.items()}
-    pixels = to_pixels(group.images, group.first.config.data.transforms)
-    shares = {n: measures.position_share(values) for n, values in features.items()}
-    captions = (
-        "The first three principal components of the patch features, as red, green and blue: of the "
-        "untrained encoder, and of each run's target encoder. Each row has components of its own, so "
-        "colours compare within a row. They hold {held} of the variance. A pattern that is the same in "
-        "every image is position: the mean feature of each position alone makes up "
-        f"{_percent(shares)} of the variance.",
-        "The same with position taken out: from each feature the mean at its position over "
-        f"{len(group.pool)} images is subtracted first, so that what is left tells the images apart. The "
-        "components hold {held} of the variance.",
-    )
-    parts = []
-    for caption, centred in zip(captions, (False, True), strict=True):
-        colours, held = {}, {}
-        for name, values in features.items():
-            rows = values - values.mean(0) if centred else values
-            made, held[name] = measures.pca_colours(rows)
-            colours[name] = made[list(group.shown)].unflatten(1, group.first.predictor.grid_size)
-        figure = pictures.draw_components(pixels, colours)
-        parts.append(_picture(figure, "PCA of patch features", caption.format(held=_percent(held))))
-    return Section(title="Patch features", parts=parts)
-
-
-def _percent(shares: Mapping[str, float]) -> str:
-    return ", ".join(f"{100 * share:.0f}\u00a0% ({name})" for name, share in shares.items())
 
 
 def retrieval_section(group: Group) -> Section | None:
@@ -193,7 +114,7 @@ def retrieval_section(group: Group) -> Section | None:
     config = group.first.config
     masks, _ = _first_masks(config, len(group.images))
     found = {
-        name: measures.retrieve(run, group.images, masks, temperature=_TEMPERATURE)
+        name: measures.retrieve(run, *_seen(group, name), masks, temperature=_TEMPERATURE)
         for name, run in group.runs.items()
     }
     right = {
@@ -201,21 +122,44 @@ def retrieval_section(group: Group) -> Section | None:
         for name, r in found.items()
     }
     caption = (
-        f"From the context{_whose(group)} (top), the predictor predicts the feature at the framed "
+        f"From the context{group.whose} (top), the predictor predicts the feature at the framed "
         "patch, the middle of a target block. Below: cosine of this prediction with the target encoder's "
         f"feature at every patch of the image, as a softmax with temperature {_TEMPERATURE:g}; brighter is "
         "more alike. Noise is drawn once, as in training. The most alike patch is the framed one in "
-        f"{_percent(right)} of these {len(group.images)} images."
+        f"{percent(right)} of these {len(group.images)} images."
     )
     pixels = to_pixels(group.images, config.data.transforms)
     grid = group.first.predictor.grid_size
     figure = pictures.draw_retrieval(pixels, masks.context[0], grid, found)
-    return Section(title="What a prediction finds", parts=[_picture(figure, "retrieval", caption)])
+    return Section(title="What a prediction finds", parts=[picture(figure, "retrieval", caption)])
 
 
-def _whose(group: Group) -> str:
-    """Name the run that the masks are of, where there are several."""
-    return f" of {next(iter(group.runs))}" if len(group.runs) > 1 else ""
+def _degradation(run: TrainedRun) -> Degradation | None:
+    assert isinstance(run.objective, Jepa)
+    return run.objective.degradation
+
+
+def _seen(group: Group, name: str) -> tuple[Tensor, Tensor]:
+    """What a run's context encoder sees of the shown images in its first step, and its target encoder."""
+    run, images = group.runs[name], group.field(name)
+    degradation = _degradation(run)
+    if degradation is None:
+        return images, images
+    first = torch.tensor([run.config.run.seed, 1])
+    drawn = degradation.draws(first, torch.arange(len(images)))
+    return degradation.view(images, drawn), degradation.whole(images)
+
+
+def _contexts(group: Group) -> dict[str, Tensor]:
+    """What context encoders see, before masks, as pixels [B, H, W, 3]; once for all that see the image."""
+    contexts = {}
+    for name, run in group.runs.items():
+        kind = run.config.jepa.degrade.kind
+        row = "context" if kind == "none" else f"{kind}\ncontext"
+        if row not in contexts:
+            seen, _ = _seen(group, name)
+            contexts[row] = view_pixels(seen, _degradation(run), run.config.data.transforms)
+    return contexts
 
 
 def _cosines(group: Group, noisy: Mapping[str, Predictor]) -> Picture:
@@ -247,7 +191,7 @@ def _cosines(group: Group, noisy: Mapping[str, Predictor]) -> Picture:
             " Below: ψ with noise, ψ + std A n, for one draw of n and for the mean over "
             f"{_DRAWS} draws; the stronger the noise, the less a query tells of its place."
         )
-    return _picture(pictures.draw_cosines(maps, places, grid), "cosine maps of positions", caption)
+    return picture(pictures.draw_cosines(maps, places, grid), "cosine maps of positions", caption)
 
 
 def _mask_kinds(config: Config) -> dict[str, Any]:
@@ -276,9 +220,3 @@ def _first_masks(config: Config, count: int) -> tuple[Masks, int]:
 def _start(config: Config) -> Predictor:
     """Return the predictor that a run began with; the length of its epochs plays no part."""
     return build_jepa(config, steps_per_epoch=1).predictor
-
-
-def _picture(
-    figure: "Figure", alternative: str, caption: str, kind: Literal["svg", "png"] = "png"
-) -> Picture:
-    return Picture(source=data_uri(figure, kind), alternative=alternative, caption=caption)
