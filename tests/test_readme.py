@@ -43,7 +43,7 @@ def test_pretrain_commands_resolve(arguments, tmp_path, monkeypatch, capsys):
     assert main(["pretrain", *asked, "--dry-run"]) == 0
 
 
-@pytest.mark.parametrize("kind", ["evaluate", "report", "export"])
+@pytest.mark.parametrize("kind", ["evaluate", "finetune", "report", "export"])
 def test_commands_on_runs_parse(kind, tmp_path, monkeypatch, capsys):
     """They get as far as the run or its images, which are not there."""
     monkeypatch.chdir(tmp_path)
