@@ -2,6 +2,7 @@
 
 import pickle
 import re
+from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,7 @@ def load_published(
     encoder, predictor, target = (strip_prefixes(content[name]) for name in _ENTRIES)
     try:
         common = encoder_settings(encoder, num_heads, grid_size)
+        common["class_token"] = False
         settings = {
             **_block_settings(predictor, "predictor_blocks"),
             "num_patches": predictor["predictor_pos_embed"].shape[1],
@@ -94,11 +96,14 @@ def load_published(
 def read_pickled(path: str | Path) -> Any:  # noqa: ANN401
     """Return what ``torch.save`` wrote, on the CPU; only tensors and plain containers are unpickled.
 
+    The arguments of a command line, which many programs save beside the weights, count as such a container.
+
     Raises:
         CheckpointError: a damaged file, or one with other objects in it.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
@@ -146,7 +151,8 @@ def encoder_settings(
     heads = num_heads or next((s.num_heads for s in SHAPES.values() if s.embed_dim == width), None)
     if heads is None:
         raise ValueError(f"expected num_heads for a width of {width}, which is no published size")
-    grid = grid_size or square_grid(state["pos_embed"].shape[1])
+    class_token = "cls_token" in state
+    grid = grid_size or square_grid(state["pos_embed"].shape[1] - class_token)
     return {
         **_block_settings(state, "blocks"),
         "img_size": [side * patch_size for side in grid],
@@ -154,22 +160,29 @@ def encoder_settings(
         "in_chans": in_chans,
         "embed_dim": width,
         "num_heads": heads,
+        "class_token": class_token,
     }
+
+
+def hidden_ratio(hidden: int, width: int) -> float:
+    """Return a ratio of which ``int(width * ratio)`` is the hidden width, exactly."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
 
 
 def _block_settings(state: Mapping[str, Tensor], blocks: str) -> dict[str, Any]:
     """Depth, hidden width and bias, as the blocks' weights show them."""
-    hidden, width = state[f"{blocks}.0.mlp.fc1.weight"].shape
+    attention = f"{blocks}.0.attn"
     return {
-        "depth": _depth(state, blocks),
-        # The hidden width is an exact integer; half a unit keeps the float ratio from losing it.
-        "mlp_ratio": (hidden + 0.5) / width,
-        "qkv_bias": f"{blocks}.0.attn.qkv.bias" in state,
+        "depth": count_blocks(state, blocks),
+        "mlp_ratio": hidden_ratio(*state[f"{blocks}.0.mlp.fc1.weight"].shape),
+        "qkv_bias": "qv" if f"{attention}.q_bias" in state else f"{attention}.qkv.bias" in state,
         "norm_layer": published_norm,
     }
 
 
-def _depth(state: Mapping[str, Tensor], blocks: str) -> int:
+def count_blocks(state: Mapping[str, Tensor], blocks: str) -> int:
+    """Return the depth: the highest number of a block whose weights are there, and one."""
     numbers = {int(m[1]) for k in state if (m := re.match(rf"{blocks}\.(\d+)\.", k))}
     return max(numbers, default=-1) + 1
 

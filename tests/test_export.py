@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,29 +11,36 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stopfast import VisionTransformer, load_published
-from stopfast.networks import build_encoder, build_predictor, seeded
+from stopfast.build import build_objective
 from stopfast.checkpoint import CheckpointError, save_checkpoint
 from stopfast.config import (
     DataConfig,
+    DegradeConfig,
+    DropPosConfig,
     ModelConfig,
     MonitorConfig,
     NoiseConfig,
+    ReconstructionConfig,
     RunConfig,
     Transforms,
     to_document,
 )
 from stopfast.export import export_run, import_encoder, load_encoder
 from stopfast.export.safetensors import read_tensors
+from stopfast.networks import seeded
 from stopfast.presets import demo
 from stopfast.trained import load_trained
 
 ROOT = Path(__file__).resolve().parents[1]
 TOLERANCE = 1e-5
-HEADS = {"square": 4, "wide": 2}
+HEADS = {"square": 4, "wide": 2, "token": 4, "gray": 4}
+GRIDS = {"wide": (4, 6), "gray": (8, 8)}
+TEACHERS = ("square", "wide")
 
 
 def settings(name: str):
-    """The demo's size; and an image that is not square, a head of 24 channels, an odd hidden width."""
+    """The demo's size; an image that is not square, a head of 24 channels, an odd hidden width; an encoder
+    with a class token; one without biases of keys, that sees one channel and numbers its patches."""
     model = ModelConfig(
         patch_size=4,
         embed_dim=96,
@@ -45,30 +53,35 @@ def settings(name: str):
     if name == "wide":
         model = replace(model, patch_size=8, embed_dim=48, num_heads=2, mlp_ratio=48 / 11)
         size = (32, 48)
+    objective, noise = demo().objective, NoiseConfig(variant="stop")
+    if name == "token":
+        model, noise = replace(model, class_token=True), NoiseConfig()
+        objective = DropPosConfig(multi_task=True)
+    elif name == "gray":
+        model = replace(model, positions="1d", qkv_bias="qv", predictor_embed_bias=False)
+        degrade = DegradeConfig(kind="decolorized", gray_channels=1)
+        objective, noise = ReconstructionConfig(mask_ratio=0.0, degrade=degrade), NoiseConfig()
     transforms = Transforms(size=size, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4), center=0.8)
     here = Path.home() / "mine"
     return replace(
         demo(),
         model=model,
         data=DataConfig(transforms=transforms, root=here),
-        noise=NoiseConfig(variant="stop"),
+        noise=noise,
+        objective=objective,
         monitor=MonitorConfig(labelled=here),
         run=RunConfig(output=here, seed=5),
     )
 
 
 def write_checkpoint(folder: Path, config, seed: int = 1) -> Path:
-    """A checkpoint whose three networks have random weights in every place, all different."""
-    networks = {
-        "encoder": build_encoder(config),
-        "predictor": build_predictor(config),
-        "target_encoder": build_encoder(config),
-    }
+    """A checkpoint whose networks have random weights in every place, all different."""
     weights = {}
+    numbered = config.model.positions == "1d"
     with seeded(seed):
-        for name, network in networks.items():
+        for name, network in build_objective(config, steps_per_epoch=1).modules().items():
             for key, value in network.state_dict().items():
-                fixed = key == "predictor_pos_embed"
+                fixed = key == "predictor_pos_embed" or (numbered and key == "pos_embed")
                 noise = 0 if fixed else 0.05 * torch.randn_like(value)
                 weights[f"{name}.{key}"] = value + noise
     state = {"step": 7, "optimizer": {}}
@@ -108,26 +121,29 @@ def hugging_face():
 
 def in_transformers(folder: Path):
     transformers = hugging_face()
-    model, info = transformers.IJepaModel.from_pretrained(folder, output_loading_info=True)
+    load = transformers.IJepaModel.from_pretrained
+    if json.loads((folder / "config.json").read_text())["model_type"] == "vit":
+        load = partial(transformers.ViTModel.from_pretrained, add_pooling_layer=False)
+    model, info = load(folder, output_loading_info=True)
     assert not any(info.values()), info
     return model.eval()
 
 
 def timm_features(path: Path, x: torch.Tensor) -> torch.Tensor:
     model = in_timm(path)
-    assert_same(
-        model(x), model.forward_features(x).mean(1)
-    )  # the pooled features of the published probes
-    return model.forward_features(x)
+    features = model.forward_features(x)
+    patches = features[:, model.num_prefix_tokens :]
+    assert_same(model(x), patches.mean(1))  # the pooled features of the published probes
+    return features
 
 
 READERS = {
-    "safetensors": lambda path, x, _: load_encoder(path)(x),
+    "safetensors": lambda path, x, _: load_encoder(path).tokens(x),
     "timm": lambda path, x, _: timm_features(path, x),
     "hf": lambda path, x, _: in_transformers(path)(x).last_hidden_state,
     "pth": lambda path, x, name: import_encoder(
-        path, num_heads=HEADS[name], grid_size=None if name == "square" else (4, 6)
-    )(x),
+        path, num_heads=HEADS[name], grid_size=GRIDS.get(name)
+    ).tokens(x),
 }
 
 
@@ -146,21 +162,24 @@ def test_features_in_the_other_library_and_back(format, name, which, checkpoints
     x = images(name)
     run = load_trained(checkpoints[name])
     with torch.no_grad():
-        expected, other = run.encoder(x), run.target_encoder(x)
+        expected, other = run.encoder.tokens(x), run.target_encoder.tokens(x)
         if which == "target_encoder":
             expected, other = other, expected
-        assert (expected - other).abs().max() > 0.1
+        if name in TEACHERS:
+            assert (expected - other).abs().max() > 0.1
+        else:
+            assert run.target_encoder is run.encoder
         assert_same(READERS[format](output, x, name), expected)
         if format != "pth":
             imported = import_encoder(output)
-            assert_same(imported(x), expected)
+            assert_same(imported.tokens(x), expected)
             assert torch.equal(imported.pos_embed, run.chosen(which).pos_embed)
 
 
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", TEACHERS)
 def test_published_file(name, checkpoints, tmp_path):
     path = export_run(checkpoints[name], tmp_path / "a.pth.tar", format="pth")
-    grid = None if name == "square" else (4, 6)
+    grid = GRIDS.get(name)
     loaded = load_published(path, variant="stop", num_heads=HEADS[name], grid_size=grid)
     run = load_trained(checkpoints[name])
     x, seed = images(name), torch.tensor([3, 4])
@@ -246,6 +265,7 @@ def test_models_of_other_libraries(tmp_path):
     model = timm.models.VisionTransformer(
         **arguments, class_token=False, global_pool="avg", fc_norm=False, num_classes=0
     ).eval()
+    token = timm.models.VisionTransformer(**arguments, class_token=True, num_classes=0).eval()
     config = transformers.IJepaConfig(
         hidden_size=48,
         num_hidden_layers=2,
@@ -270,6 +290,7 @@ def test_models_of_other_libraries(tmp_path):
         ):
             assert_same(import_encoder(source, **given)(x), model.forward_features(x))
         assert torch.equal(import_encoder(model).pos_embed, model.pos_embed)
+        assert_same(import_encoder(token).tokens(x), token.forward_features(x))
         told = {"num_heads": 3, "grid_size": (4, 6), "norm_eps": 1e-3}
         for source, given in (
             (hugging, {}),
@@ -282,7 +303,7 @@ def test_models_of_other_libraries(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"class_token": True}, "unknown: cls_token"),
+        ({"class_token": True, "no_embed_class": True}, r"pos_embed \(1, 16, 48\) instead"),
         ({"reg_tokens": 2}, "unknown: reg_token"),
         ({"init_values": 0.1}, r"unknown: blocks\.\*\.ls1\.gamma, blocks\.\*\.ls2\.gamma"),
         ({"qk_norm": True}, r"unknown: blocks\.\*\.attn\.k_norm"),
@@ -341,7 +362,7 @@ def test_files_that_cannot_be_imported(checkpoints, tmp_path):
         with pytest.raises(ValueError, match=message):
             call()
     for key, message in (
-        ("embeddings.cls_token", "unknown: embeddings.cls_token"),
+        ("embeddings.mask_token", "unknown: embeddings.mask_token"),
         ("encoder.layer.0.attention.attention.key.bias", "missing for blocks.0.attn.qkv.bias"),
     ):
         changed = {k: v for k, v in tensors.items() if k != key}
@@ -350,7 +371,7 @@ def test_files_that_cannot_be_imported(checkpoints, tmp_path):
         save_file(changed, hf / "model.safetensors")
         with pytest.raises(CheckpointError, match=message):
             import_encoder(hf)
-    for change, message in (({"hidden_act": "relu"}, "relu"), ({"model_type": "vit"}, "vit")):
+    for change, message in (({"hidden_act": "relu"}, "relu"), ({"model_type": "bert"}, "bert")):
         (hf / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(CheckpointError, match=message):
             import_encoder(hf)

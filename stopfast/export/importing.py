@@ -38,9 +38,9 @@ def import_encoder(
     A copy of a model is also run, and refused if its features are not the encoder's.
 
     Args:
-        source: a vision transformer of timm, Hugging Face (``IJepaModel``) or the published programs; a
-            state dictionary of one; a folder of timm's or Hugging Face's layout; a safetensors file; a
-            file of ``torch.save``, the published ``.pth.tar`` among them.
+        source: a vision transformer of timm, Hugging Face (``IJepaModel``, ``ViTModel``) or the published
+            programs; a state dictionary of one; a folder of timm's or Hugging Face's layout; a
+            safetensors file; a file of ``torch.save``, the published ``.pth.tar`` among them.
         which: the encoder of a file that holds both.
         num_heads: heads, where the source does not tell; default those of the published size.
         grid_size: (rows, columns) of patches, where the source does not tell; default a square.
@@ -51,8 +51,8 @@ def import_encoder(
         The encoder, fp32, on the CPU and in evaluation mode.
 
     Raises:
-        CheckpointError: weights that are missing, unknown (a class token, layer scale, query-key norms,
-            registers, a head, ...) or of another shape; a model that computes something else; a damaged
+        CheckpointError: weights that are missing, unknown (layer scale, query-key norms, registers,
+            a head, a pooler, ...) or of another shape; a model that computes something else; a damaged
             file or one without weights.
         ValueError: heads or a grid that have to be said, or that the source contradicts.
     """
@@ -87,8 +87,8 @@ def _from_state(state: Mapping[str, Any], what: str) -> Imported:
 
 def _from_module(module: nn.Module, what: str) -> Imported:
     config = getattr(module, "config", None)
-    if getattr(config, "model_type", None) == "ijepa":
-        untold = transformers.told_by_ijepa_config(what, cast(Any, config).to_dict())
+    if getattr(config, "model_type", None) in transformers.MODEL_TYPES:
+        untold = transformers.told_by_hub_config(what, cast(Any, config).to_dict())
     else:
         untold = timm.told_by_module(module)
     return Imported(_from_state(module.state_dict(), what).state, untold)
@@ -115,13 +115,13 @@ def _from_folder(folder: Path) -> Imported:
     if not path.is_file():
         raise CheckpointError(f"expected a folder with {path.name}, got {folder}")
     config = json.loads(path.read_text())
-    if config.get("model_type") == "ijepa":
-        untold = transformers.told_by_ijepa_config(str(folder), config)
+    if config.get("model_type") in transformers.MODEL_TYPES:
+        untold = transformers.told_by_hub_config(str(folder), config)
     elif "architecture" in config:
         untold = timm.told_by_config(folder, config)
     else:
         raise CheckpointError(
-            f"{path}: expected the model_type 'ijepa' or an architecture of timm, got "
+            f"{path}: expected a model_type in {transformers.MODEL_TYPES} or an architecture of timm, got "
             f"{config.get('model_type') or sorted(config)[:8]}"
         )
     tensors: dict[str, Tensor] = {}
@@ -149,7 +149,7 @@ def _compare(source: nn.Module, given: Untold, what: str) -> None:
     image = torch.randn(1, channels, rows * patch, columns * patch, generator=generator)
     got = getattr(model, "forward_features", model)(image)
     got = getattr(got, "last_hidden_state", got)
-    expected = encoder(image)
+    expected = encoder.tokens(image)
     if not isinstance(got, Tensor) or got.shape != expected.shape:
         shape = tuple(got.shape) if isinstance(got, Tensor) else type(got).__name__
         raise CheckpointError(f"{what}: expected features {tuple(expected.shape)}, got {shape}")

@@ -15,7 +15,15 @@ from stopfast.checkpoint import CheckpointError, save_tensors
 from stopfast.config import Transforms
 from stopfast.encoder import VisionTransformer
 from stopfast.export.safetensors import run_metadata
-from stopfast.export.weights import PUBLISHED_EPS, Untold, cpu_weights, mlp_ratio, untold_of
+from stopfast.export.weights import (
+    PUBLISHED_EPS,
+    Untold,
+    channels_of,
+    common_weights,
+    has_bias,
+    mlp_ratio,
+    untold_of,
+)
 from stopfast.trained import TrainedRun, Which
 
 # By width, patch and the height of the image: the names under which timm has these models.
@@ -42,17 +50,23 @@ def write_timm(run: TrainedRun, which: Which, folder: Path) -> None:
     config = timm_config(encoder, run.config.data.transforms)
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    save_tensors(cpu_weights(encoder), folder / "model.safetensors", run_metadata(run, which))
+    save_tensors(common_weights(encoder), folder / "model.safetensors", run_metadata(run, which))
 
 
 def timm_config(encoder: VisionTransformer, transforms: Transforms) -> dict[str, Any]:
-    """Return the ``config.json`` of timm's layout on the hub."""
+    """Return the ``config.json`` of timm's layout on the hub, for :func:`common_weights`.
+
+    Raises:
+        ValueError: norms of an eps that timm's vision transformers do not have.
+    """
     heads, grid, eps = untold_of(encoder)
     if eps != PUBLISHED_EPS:
         raise ValueError(f"expected norms of eps {PUBLISHED_EPS}, which timm has, got {eps}")
     assert grid is not None
     patch = encoder.patch_embed.patch_size
     height, width = (side * patch for side in grid)
+    class_token = encoder.cls_token is not None
+    channels = channels_of(encoder)
     name = _NAMES.get((encoder.embed_dim, patch, height), _GENERIC)
     return {
         "architecture": name,
@@ -60,7 +74,7 @@ def timm_config(encoder: VisionTransformer, transforms: Transforms) -> dict[str,
         "num_features": encoder.embed_dim,
         "global_pool": "avg",
         "pretrained_cfg": {
-            "input_size": [encoder.patch_embed.in_chans, height, width],
+            "input_size": [channels, height, width],
             "fixed_input_size": True,
             "interpolation": "bilinear",
             "crop_pct": transforms.center,
@@ -75,14 +89,14 @@ def timm_config(encoder: VisionTransformer, transforms: Transforms) -> dict[str,
         "model_args": {
             "img_size": [height, width],
             "patch_size": patch,
-            "in_chans": encoder.patch_embed.in_chans,
+            "in_chans": channels,
             "embed_dim": encoder.embed_dim,
             "depth": len(encoder.blocks),
             "num_heads": heads,
             "mlp_ratio": mlp_ratio(encoder),
-            "qkv_bias": encoder.blocks[0].attn.qkv.bias is not None,  # type: ignore[union-attr]
-            "class_token": False,
-            "no_embed_class": True,
+            "qkv_bias": has_bias(encoder),
+            "class_token": class_token,
+            "no_embed_class": not class_token,  # its position is the table's first row
             "global_pool": "avg",
             # The norm comes before the average, as in the published evaluation.
             "fc_norm": False,

@@ -1,7 +1,8 @@
-"""The layout of Hugging Face's ``IJepaModel``: a folder that ``from_pretrained`` loads.
+"""The layouts of Hugging Face's ``IJepaModel`` and ``ViTModel``: a folder that ``from_pretrained`` loads.
 
-The weights go by the names of the files on the hub. These are transformers 4's own; transformers 5 renames
-them as it loads. Both sets of names are read.
+The two differ by the class token, which the second has, and have the same names for the rest. The
+weights go by the names of the files on the hub. These are transformers 4's own; transformers 5 renames them
+as it loads. Both sets of names are read.
 """
 
 import json
@@ -17,10 +18,12 @@ from stopfast.checkpoint import CheckpointError, save_tensors
 from stopfast.config import Transforms
 from stopfast.encoder import VisionTransformer
 from stopfast.export.safetensors import run_metadata
-from stopfast.export.weights import Untold, cpu_weights, untold_of
+from stopfast.export.weights import Untold, channels_of, common_weights, has_bias, untold_of
 from stopfast.trained import TrainedRun, Which
 
+MODEL_TYPES = ("ijepa", "vit")
 _TOP = {
+    "cls_token": "embeddings.cls_token",
     "pos_embed": "embeddings.position_embeddings",
     "patch_embed.proj": "embeddings.patch_embeddings.projection",
     "norm": "layernorm",
@@ -49,26 +52,27 @@ def write_transformers(run: TrainedRun, which: Which, folder: Path) -> None:
     """Write ``config.json``, ``preprocessor_config.json`` and ``model.safetensors``."""
     encoder = run.chosen(which)
     documents = {
-        "config.json": ijepa_config(encoder),
+        "config.json": hub_config(encoder),
         "preprocessor_config.json": preprocessor_config(run.config.data.transforms),
     }
     folder.mkdir()
     for name, document in documents.items():
         (folder / name).write_text(json.dumps(document, indent=2))
-    state = to_hub_names(cpu_weights(encoder))
+    state = to_hub_names(common_weights(encoder))
     save_tensors(state, folder / "model.safetensors", run_metadata(run, which))
 
 
-def ijepa_config(encoder: VisionTransformer) -> dict[str, Any]:
-    """Return the ``IJepaConfig`` of an encoder."""
+def hub_config(encoder: VisionTransformer) -> dict[str, Any]:
+    """Return the ``IJepaConfig`` of an encoder, or the ``ViTConfig`` of one with a class token."""
     heads, grid, eps = untold_of(encoder)
     assert grid is not None
     patch = encoder.patch_embed.patch_size
     height, width = (side * patch for side in grid)
     first = encoder.blocks[0]
+    plain = encoder.cls_token is None
     return {
-        "architectures": ["IJepaModel"],
-        "model_type": "ijepa",
+        "architectures": ["IJepaModel" if plain else "ViTModel"],
+        "model_type": "ijepa" if plain else "vit",
         "hidden_size": encoder.embed_dim,
         "num_hidden_layers": len(encoder.blocks),
         "num_attention_heads": heads,
@@ -80,8 +84,8 @@ def ijepa_config(encoder: VisionTransformer) -> dict[str, Any]:
         "layer_norm_eps": eps,
         "image_size": height if height == width else [height, width],
         "patch_size": patch,
-        "num_channels": encoder.patch_embed.in_chans,
-        "qkv_bias": first.attn.qkv.bias is not None,  # type: ignore[union-attr]
+        "num_channels": channels_of(encoder),
+        "qkv_bias": has_bias(encoder),
         "dtype": "float32",
     }
 
@@ -168,8 +172,8 @@ def from_hub_names(state: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
     return renamed
 
 
-def told_by_ijepa_config(what: str, config: Mapping[str, Any]) -> Untold:
-    """Return what an ``IJepaConfig`` says beyond the weights.
+def told_by_hub_config(what: str, config: Mapping[str, Any]) -> Untold:
+    """Return what an ``IJepaConfig`` or a ``ViTConfig`` says beyond the weights.
 
     Raises:
         CheckpointError: an activation that our encoder does not have.
