@@ -1,6 +1,8 @@
 """DropPos small enough for the interpreter: 16 patches, of which 8 are visible and 6 asked for."""
 
+from contextlib import AbstractContextManager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ WIDTH = 48
 
 def build(
     *,
+    side: int = 32,
     ops: Ops = EAGER,
     noise: NoiseConfig = NoiseConfig(),  # noqa: B008
     checkpointing: bool = False,
@@ -29,21 +32,25 @@ def build(
     epochs: int = 800,
     **settings: Any,
 ) -> DropPos:
-    """The objective of these settings, as the golden files have it: half of the patches are visible."""
+    """The objective of these settings, as the golden files have it: half of the patches are visible.
+
+    A side of 112 pixels is the published 14 x 14 patches.
+    """
     torch.manual_seed(0)
     config = DropPosConfig(**{"mask_ratio": 0.5, **settings})
     common: dict[str, Any] = {"norm_layer": norm_1e6, "ops": ops, "checkpointing": checkpointing}
+    patches = (side // 8) ** 2
     encoder = VisionTransformer(
-        img_size=[32], patch_size=8, embed_dim=WIDTH, depth=2, num_heads=4, class_token=True,
+        img_size=[side], patch_size=8, embed_dim=WIDTH, depth=2, num_heads=4, class_token=True,
         init="xavier", skip_unused=skip_unused, **common,
     )  # fmt: skip
     decoder = PositionDecoder(
-        16, WIDTH, 32, 2, 4, learned_token=config.position_token == "param", **common
+        patches, WIDTH, 32, 2, 4, learned_token=config.position_token == "param", **common
     )
     pixel_decoder = None
     if config.multi_task:
         pixel_decoder = Predictor(
-            16, WIDTH, 32, 2, 4, out_dim=192, class_token=True, init="xavier",
+            patches, WIDTH, 32, 2, 4, out_dim=192, class_token=True, init="xavier",
             variant=noise.variant, skip_unused=skip_unused, **common,
         )  # fmt: skip
     rates: dict[str, Any] = {"lr": lambda step: 1e-3, "weight_decay": lambda step: 0.05}
@@ -53,7 +60,7 @@ def build(
         pixel_decoder,
         settings=config,
         noise=noise,
-        transforms=Transforms(size=(32, 32)),
+        transforms=Transforms(size=(side, side)),
         update=UpdateRule(**{**rates, "betas": (0.9, 0.95), **(update or {})}),
         epochs=epochs,
         steps_per_epoch=steps_per_epoch,
@@ -62,9 +69,9 @@ def build(
     )
 
 
-def images(batch: int = 4) -> Tensor:
+def images(batch: int = 4, side: int = 32) -> Tensor:
     """Noise, so that no two patches look alike."""
-    return torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+    return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(5))
 
 
 def parameters(objective: DropPos) -> dict[str, torch.nn.Parameter]:
@@ -75,3 +82,8 @@ def parameters(objective: DropPos) -> dict[str, torch.nn.Parameter]:
         for key, parameter in module.named_parameters()
         if parameter.requires_grad
     }
+
+
+def with_logits(objective: DropPos, logits: Tensor) -> AbstractContextManager[object]:
+    """The objective with these logits, whatever its decoder says."""
+    return mock.patch.object(objective.decoder, "forward", lambda x, noise: logits)
