@@ -14,6 +14,7 @@ KINDS = {
     "curves": ("curves", "losses of the published program and of stopfast, step by step"),
     "loader": ("bench_loader", "images a second of data loaders"),
     "train": ("bench_train", "training with the loader: waiting and computing"),
+    "quality": ("quality.command", "accuracies of the objectives' features, over seeds"),
     "ceilings": ("bench_ceilings", "the device's matrix rate and memory bandwidth"),
     "roofline": ("roof.roofline", "what a step has to compute and to move, and its floor"),
     "tune": ("tuning.search", "search of the kernels' configurations on the device at hand"),

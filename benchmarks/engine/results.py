@@ -105,15 +105,17 @@ class Results:
         self.write()
 
 
-def results_path(chosen: Path | None, device: str, origin: dict[str, object]) -> Path:
+def results_path(
+    chosen: Path | None, device: str, origin: dict[str, object], ending: str = ""
+) -> Path:
     """Return the file for results of a device and a provenance.
 
-    ``chosen`` is a file, or a folder that has one for each device, date and commit. A clean commit's newest
-    file goes on being used; an altered checkout's carries ``dirty``.
+    ``chosen`` is a file, or a folder that has one for each device, date and commit, and ``ending`` of its
+    name. A clean commit's newest file goes on being used; an altered checkout's carries ``dirty``.
     """
     if chosen is not None and chosen.suffix == ".json":
         return chosen
-    commit = str(origin["commit"])[:7] + ("-dirty" if origin["dirty"] else "")
+    commit = str(origin["commit"])[:7] + ("-dirty" if origin["dirty"] else "") + ending
     folder = (chosen or FOLDER) / device
     found = sorted(folder.glob(f"????-??-??-{commit}.json"))
     return found[-1] if found else folder / f"{str(origin['date'])[:10]}-{commit}.json"

@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
 
 from benchmarks.engine.refusals import NotHere
 from benchmarks.engine.results import FOLDER
+from benchmarks.report.accuracies import ACCURACIES
 from benchmarks.report.measured import (
     Measured,
     commits,
@@ -18,6 +18,7 @@ from benchmarks.report.measured import (
     published,
     strongest,
 )
+from benchmarks.report.table import Table
 from benchmarks.roof.ceilings import Roof, newest_roof
 from benchmarks.roof.roofline import A100, StepCost, projected, step_cost
 from benchmarks.roof.step_work import drawn_shapes
@@ -25,15 +26,6 @@ from benchmarks.step.workload import MODELS
 from stopfast.kernels.cases import CASES
 
 Cell = Callable[[Measured, list[Measured]], str]
-
-
-class Table(NamedTuple):
-    """Text by rows; ``notes`` stand below."""
-
-    title: str
-    headings: list[str]
-    rows: list[list[str]]
-    notes: list[str]
 
 
 def ms(one: Measured, _: list[Measured]) -> str:
@@ -280,5 +272,6 @@ TABLES: dict[str, Callable[[Path], Table]] = {
     **{name: partial(listed, name) for name in COLUMNS},
     "ops": operations,
     "projection": projection,
+    **ACCURACIES,
 }
 """Tables by the name that their markers have: ``<!-- table: NAME -->``."""

@@ -1,0 +1,1 @@
+"""What the objectives' features are worth: many short trainings, with intervals over seeds."""
