@@ -45,7 +45,7 @@ class Journal:
         done: steps that the checkpoint has done; rows of later ones are removed, since they come again.
             Without any, the record of an attempt that left no checkpoint is removed.
         sinks: where else the rows go.
-        looked_at: columns of ``monitors.csv``, ``step`` first.
+        looked_at: columns of ``monitors.csv``, ``step`` first; those of the objective follow.
     """
 
     def __init__(
@@ -86,8 +86,9 @@ class Journal:
         return any(line.startswith(f"{step},") for line in path.read_text().splitlines())
 
     def look(self, row: Mapping[str, float]) -> None:
-        """Write what the monitors saw, ``step`` first."""
-        self._write(LOOKS, self.looked_at, [row])
+        """Write what the monitors saw, ``step`` first; what the objective measures is in every row."""
+        measured = [name for name in row if name not in self.looked_at]
+        self._write(LOOKS, [*self.looked_at, *measured], [row])
 
     def close(self) -> None:
         """Write what is held, and close the sinks."""
