@@ -21,7 +21,7 @@ from rich.console import Console
 from torch.nn import functional as F
 
 from stopfast import VisionTransformer
-from stopfast.build import build_encoder, build_objective, build_step, seeded
+from stopfast.build import build_objective, build_step
 from stopfast.checkpoint import CheckpointError, load_checkpoint, newest_checkpoint
 from stopfast.config import ModelConfig, Transforms
 from stopfast.data.images import open_images
@@ -40,6 +40,7 @@ from stopfast.finetuning.data import (
 )
 from stopfast.finetuning.model import build_classifier
 from stopfast.finetuning.step import FinetuneStep, decayed_groups, rate_schedule
+from stopfast.networks import build_encoder, seeded
 from stopfast.presets import demo
 from stopfast.progress import Stopped
 from stopfast.run_state import DataState, save_run
@@ -93,14 +94,21 @@ def small_config():
     return replace(base, model=model, data=data)
 
 
-@pytest.fixture(scope="module")
-def encoder():
+SIZES = {"embed_dim": 32, "depth": 2, "num_heads": 2, "norm_layer": {"eps": 1e-6}}
+
+
+def randomised(encoder):
+    """The encoder with noise on all that is trained, norms and biases too."""
     with seeded(3):
-        made = build_encoder(small_config()).eval()
-        for parameter in made.parameters():  # norms and biases too
+        for parameter in encoder.parameters():
             if parameter.requires_grad:
                 parameter.data += 0.05 * torch.randn_like(parameter)
-    return made
+    return encoder.eval()
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return randomised(build_encoder(small_config()))
 
 
 def classifier(encoder, recipe, classes=CLASSES):
@@ -188,7 +196,7 @@ ONE_PERCENT = {
 PUBLISHED = {
     "droppos-b": DROPPOS,
     "droppos-l": DROPPOS | {"epochs": 50},
-    "beyond": DROPPOS | {"color_jitter": 0.4},
+    "beyond": DROPPOS | {"color_jitter": 0.4, "schedule": "beit"},
     "ijepa-1-percent": ONE_PERCENT,
     "ijepa-1-percent-h": ONE_PERCENT | {"weight_decay": 0.4},
     "ijepa-100-percent": {
@@ -269,17 +277,20 @@ def test_layer_decay_by_hand(encoder, fc_norm):
     assert not found
 
 
-def test_rates_of_a_run():
-    recipe = replace(PLAIN, epochs=10, warmup=2.0, lr=0.3, min_lr=0.1)
+@pytest.mark.parametrize("schedule", ["mae", "beit"])
+def test_rates_of_a_run(schedule):
+    recipe = replace(PLAIN, epochs=10, warmup=2.0, lr=0.3, min_lr=0.1, schedule=schedule)
     rate = rate_schedule(recipe, 5)
 
     def published(done):
         epoch = done / 5
         if epoch < 2:
-            return 0.3 * epoch / 2
+            return 0.3 * (epoch / 2 if schedule == "mae" else done / 9)
         return 0.1 + 0.2 * 0.5 * (1 + math.cos(math.pi * (epoch - 2) / 8))
 
-    assert [rate(done) for done in range(50)] == pytest.approx([published(d) for d in range(50)])
+    assert [rate(1 + done) for done in range(50)] == pytest.approx(
+        [published(done) for done in range(50)]
+    )
 
 
 def pooled(model, images):
@@ -288,27 +299,31 @@ def pooled(model, images):
 
 
 @pytest.mark.parametrize("fc_norm", [True, False])
-def test_classifier_computes_what_the_encoder_computes(encoder, fc_norm):
-    model = classifier(encoder, replace(PLAIN, fc_norm=fc_norm)).eval()
+@pytest.mark.parametrize("kind", ["published", "class token", "gray", "gray, for photographs"])
+def test_classifier_computes_what_the_encoder_computes(encoder, kind, fc_norm):
+    """A class token is no part of the average; of one channel means of the mean of three."""
+    if kind != "published":
+        other = {"class_token": True}
+        if kind != "class token":
+            other = {"in_chans": 1, "positions": "1d", "qkv_bias": "qv"}
+        encoder = randomised(VisionTransformer([16], 4, **SIZES, **other))
+    recipe = replace(PLAIN, fc_norm=fc_norm)
+    model = classifier(encoder, recipe).eval()
     images, copy = torch.randn(4, 3, 16, 16), deepcopy(encoder)
     if fc_norm:
         copy.norm = torch.nn.Identity()
     with torch.no_grad():
-        expected = copy(images).mean(1)
+        got = model.forward_head(model.forward_features(images), pre_logits=True)
+        expected = copy(images.mean(1, keepdim=True) if kind == "gray" else images).mean(1)
     if fc_norm:
         expected = F.layer_norm(expected, (32,), eps=1e-6)
-    torch.testing.assert_close(pooled(model, images), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     assert 0 < model.head.weight.std() < 3e-5 and not model.head.bias.any()
 
 
-def test_encoder_of_one_channel_sees_the_mean():
-    with seeded(5):
-        gray = VisionTransformer([16], 4, 1, 32, depth=1, num_heads=2, norm_layer={"eps": 1e-6})
-    model = classifier(gray, replace(PLAIN, fc_norm=False)).eval()
-    images = torch.randn(4, 3, 16, 16)
-    with torch.no_grad():
-        expected = gray(images.mean(1, keepdim=True)).mean(1)
-    torch.testing.assert_close(pooled(model, images), expected, rtol=1e-5, atol=1e-5)
+def test_other_channels_are_refused():
+    with pytest.raises(ValueError, match="encoder of 1 or 3 channels, got 4"):
+        classifier(VisionTransformer([16], 4, in_chans=4, **SIZES), PLAIN)
 
 
 def test_parts_that_are_asked_for(encoder):
@@ -338,7 +353,7 @@ def test_first_update_by_hand(encoder, positions):
     step, (images, labels) = stepper(encoder, recipe), batch()
     before = {name: weights.clone() for name, weights in step.model.state_dict().items()}
     expected = LabelSmoothingCrossEntropy(0.1)(step.model(images), labels).item()
-    loss, rate = step([(images, labels)], 0)
+    loss, rate = step([(images, labels)], 1)
     assert (loss.item(), rate) == (pytest.approx(expected, rel=1e-5), 1e-3)
     for name, weights in step.model.state_dict().items():
         moved = (weights - before[name]).abs().max().item()
@@ -363,7 +378,7 @@ def test_micro_batches_make_the_whole_batch(encoder):
     (images, labels), gradients = batch(), []
     for parts in ([(images, labels)], list(zip(images.split(2), labels.split(2), strict=True))):
         step = stepper(encoder, PLAIN)
-        step(parts, 0)
+        step(parts, 1)
         gradients.append([p.grad for p in step.model.parameters() if p.requires_grad])
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
@@ -481,10 +496,10 @@ def test_a_stopped_run_goes_on_to_the_same_bits(pretrained, photographs, tmp_pat
     finetune(asked("whole"), QUIET)
     whole = FinetuneStep.__call__
 
-    def stopped(self, parts, done):
-        if done in (1, 2):  # in the middle of an epoch, and before the test at its end
+    def stopped(self, parts, number):
+        if number in (2, 3):  # in the middle of an epoch, and before the test at its end
             os.kill(os.getpid(), signal.SIGINT)
-        return whole(self, parts, done)
+        return whole(self, parts, number)
 
     monkeypatch.setattr(FinetuneStep, "__call__", stopped)
     for done in (2, 3):

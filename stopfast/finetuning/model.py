@@ -12,13 +12,13 @@ from stopfast.checkpoint import load_weights, save_tensors
 from stopfast.config import Transforms
 from stopfast.encoder import VisionTransformer
 from stopfast.export.timm import timm_config
-from stopfast.export.weights import cpu_weights
+from stopfast.export.weights import channels_of, common_weights, cpu_weights
 from stopfast.finetuning.settings import Recipe
 
 if TYPE_CHECKING:
     import timm.models
 
-CHANNELS = 3
+_CHANNELS = 3
 _NEW = ("head.", "fc_norm.")
 
 
@@ -42,7 +42,7 @@ def classifier_arguments(
 ) -> dict[str, Any]:
     """Return what timm's ``VisionTransformer`` takes beside the number of classes and the drop rates."""
     arguments = dict(timm_config(encoder, transforms)["model_args"])
-    arguments |= {"in_chans": CHANNELS, "global_pool": "avg", "fc_norm": recipe.fc_norm}
+    arguments["fc_norm"] = recipe.fc_norm
     if recipe.init_values is not None:
         arguments["init_values"] = recipe.init_values
     return arguments
@@ -54,8 +54,7 @@ def build_classifier(
     """Return timm's model with the encoder's weights and a new head, initialised from torch's generator.
 
     The average is over patches; a class token stays in the sequence, and out of the average. An encoder
-    of one channel gets a stem of three with a third of its weights each, which sees of a photograph the
-    mean of its normalised channels.
+    of one channel becomes one of three: see :func:`stopfast.export.weights.common_weights`.
 
     Args:
         encoder: what was pre-trained; left as it is.
@@ -64,18 +63,18 @@ def build_classifier(
         recipe: positions, norm, head, layer scale and stochastic depth of it.
 
     Raises:
-        ValueError: an encoder that timm's model cannot hold, or of neither one nor three channels.
+        ValueError: an encoder that timm's model cannot hold, or one that takes no photographs.
     """
     from timm.models import VisionTransformer as Classifier
 
-    channels = encoder.patch_embed.in_chans
-    if channels not in (1, CHANNELS):
-        raise ValueError(
-            f"expected an encoder of images of 1 or {CHANNELS} channels, got {channels}"
-        )
+    channels = channels_of(encoder)
+    if channels != _CHANNELS:
+        raise ValueError(f"expected an encoder of 1 or {_CHANNELS} channels, got {channels}")
     arguments = classifier_arguments(encoder, transforms, recipe)
     model = Classifier(**arguments, num_classes=classes, drop_path_rate=recipe.drop_path)
-    load_weights(model, _with_new_parts(model, cpu_weights(encoder)), "the encoder in timm's model")
+    load_weights(
+        model, _with_new_parts(model, common_weights(encoder)), "the encoder in timm's model"
+    )
     assert isinstance(model.head, nn.Linear) and model.pos_embed is not None
     nn.init.trunc_normal_(model.head.weight, std=recipe.head_std)
     nn.init.zeros_(model.head.bias)
@@ -89,11 +88,6 @@ def _with_new_parts(model: nn.Module, trained: dict[str, Tensor]) -> dict[str, T
     state = {key: value for key, value in own.items() if key.startswith(_NEW) or ".ls" in key}
     if "fc_norm.weight" in own:  # then timm's model has no norm before the average
         trained = {key: value for key, value in trained.items() if not key.startswith("norm.")}
-    kernel = trained["patch_embed.proj.weight"]
-    if kernel.shape[1] == 1:
-        trained = trained | {
-            "patch_embed.proj.weight": kernel.expand(-1, CHANNELS, -1, -1) / CHANNELS
-        }
     return state | trained
 
 
@@ -118,9 +112,7 @@ def write_classifier(
     config = timm_config(encoder, transforms)
     config["model_args"] = classifier_arguments(encoder, transforms, recipe)
     config |= {"num_classes": len(classes), "label_names": list(classes)}
-    _, height, width = config["pretrained_cfg"]["input_size"]
     config["pretrained_cfg"] |= {
-        "input_size": [CHANNELS, height, width],
         "interpolation": "bicubic",
         "crop_pct": recipe.center,
         "num_classes": len(classes),

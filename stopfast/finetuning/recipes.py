@@ -29,9 +29,10 @@ _ONE_PERCENT = Recipe(
 RECIPES: dict[RecipeName, Recipe] = {
     "droppos-b": _DROPPOS,
     "droppos-l": replace(_DROPPOS, epochs=50),
-    # Beyond Masking: the head is timm's times 0.001; colour jitter is given, and unused beside RandAugment.
-    # Epochs and batch of the reported figures are not published: those of DropPos stand in for them.
-    "beyond": replace(_DROPPOS, color_jitter=0.4),
+    # Beyond Masking, by BEiT's program: a head of deviation 0.02 times 0.001; colour jitter is given, and
+    # unused beside RandAugment. Epochs and batch of the reported figures are not published: DropPos's
+    # stand in for them.
+    "beyond": replace(_DROPPOS, color_jitter=0.4, schedule="beit"),
     "ijepa-1-percent": _ONE_PERCENT,
     "ijepa-1-percent-h": replace(_ONE_PERCENT, weight_decay=0.4),
     # I-JEPA, all labels, ViT-H/16 at 448 pixels; images so large are evaluated uncropped.

@@ -198,7 +198,7 @@ def _steps(run: Run, journal: Journal, request: StopRequest) -> Accuracy | None:
                 batch = list(islice(parts, run.recipe.accumulate))
             waited = time.perf_counter() - begin
             run.updating = True
-            loss, rate = run.step(batch, run.done)
+            loss, rate = run.step(batch, run.done + 1)
             run.done, run.updating = run.done + 1, False
             meter.count()
             seconds = time.perf_counter() - begin

@@ -43,6 +43,8 @@ class Recipe:
     """Learning rate at the end of its cosine."""
     warmup: float = 5.0
     """Warm-up from 0, in epochs."""
+    schedule: Literal["mae", "beit"] = "mae"
+    """With ``beit`` the warm-up's last step has the full rate already."""
     layer_decay: float = 0.75
     """Learning rate of a layer over that of the next one; the head has the whole."""
     weight_decay: float = 0.05

@@ -33,10 +33,9 @@ def decayed_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def rate_schedule(recipe: Recipe, steps_per_epoch: int) -> Cosine:
-    """Return the learning rate as a function of the updates done before: 0, 1, ...
+    """Return the learning rate of step 1, 2, ...: a linear warm-up, then half a cosine to ``min_lr``.
 
-    Linear from 0 over the warm-up, then half a cosine to ``min_lr``; so the very first update has rate
-    0 with a warm-up, as published.
+    With a warm-up the very first step has rate 0, as published.
     """
     return Cosine(
         reference=recipe.top_lr,
@@ -44,6 +43,8 @@ def rate_schedule(recipe: Recipe, steps_per_epoch: int) -> Cosine:
         total_steps=recipe.epochs * steps_per_epoch,
         start=0.0,
         warmup_steps=round(recipe.warmup * steps_per_epoch),
+        counted_before=1,
+        warmup_arrives=recipe.schedule == "beit",
     )
 
 
@@ -76,24 +77,24 @@ class FinetuneStep:
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")  # type: ignore[attr-defined]
         self.mix = _mixing(recipe, classes)
 
-    def __call__(self, parts: Sequence[Labelled], done: int) -> tuple[Tensor, float]:
-        """Take the update after ``done`` others.
+    def __call__(self, parts: Sequence[Labelled], step: int) -> tuple[Tensor, float]:
+        """Take an update.
 
         Args:
             parts: the micro-batches, images fp32 [B, 3, H, W] and labels int64 [B] each, on any device.
-            done: updates before this one.
+            step: number of the update, from 1.
 
         Returns:
             The mean loss, fp32 [] on the device, and the learning rate of the head.
         """
-        rate = self.rate(done)
+        rate = self.rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
         for number, (images, labels) in enumerate(parts):
-            seed_everything(self.recipe.seed, Stream.STEP, done, number)
+            seed_everything(self.recipe.seed, Stream.STEP, step, number)
             loss = self._loss(
                 images.to(self.device, non_blocking=True),
                 labels.to(self.device, non_blocking=True),
