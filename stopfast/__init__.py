@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from stopfast.masking import MaskCollator, MultiBlockMasks
     from stopfast.predictor import Predictor
     from stopfast.published import load_published
+    from stopfast.published_objectives import load_published_objective
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "import_encoder",
     "load_encoder",
     "load_published",
+    "load_published_objective",
 ]
 
 _HOME = {
@@ -37,6 +39,7 @@ _HOME = {
     "import_encoder": "stopfast.export",
     "load_encoder": "stopfast.export",
     "load_published": "stopfast.published",
+    "load_published_objective": "stopfast.published_objectives",
 }
 
 

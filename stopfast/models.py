@@ -32,6 +32,22 @@ SHAPES: dict[Size, Shape] = {
 }
 
 
+def heads_of_width(width: int, given: int | None = None) -> int:
+    """Return the heads of the published size of an encoder's width, which weights do not tell.
+
+    Args:
+        width: of the encoder.
+        given: heads that were said, which are returned.
+
+    Raises:
+        ValueError: a width that is no published size, without heads.
+    """
+    heads = given or next((s.num_heads for s in SHAPES.values() if s.embed_dim == width), None)
+    if heads is None:
+        raise ValueError(f"expected num_heads for a width of {width}, which is no published size")
+    return heads
+
+
 def encoder_of_size(size: Size, patch_size: int = 16, **kwargs: Any) -> VisionTransformer:  # noqa: ANN401
     """Return an encoder of a published size; ``kwargs`` go to :class:`VisionTransformer`."""
     settings = {**SHAPES[size]._asdict(), "norm_layer": published_norm, **kwargs}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stopfast.checkpoint import CheckpointError, load_weights
 from stopfast.encoder import VisionTransformer
-from stopfast.models import SHAPES, published_norm
+from stopfast.models import heads_of_width, published_norm
 from stopfast.pos_embed import Grid, square_grid
 from stopfast.predictor import Predictor, Variant
 
@@ -117,7 +117,10 @@ def _read(path: str | Path) -> Mapping[str, Any]:
     entries = content if isinstance(content, Mapping) else {}
     absent = [name for name in _ENTRIES if not isinstance(entries.get(name), Mapping)]
     if absent:
-        raise CheckpointError(f"{path}: expected state dictionaries {_ENTRIES}, without {absent}")
+        raise CheckpointError(
+            f"{path}: expected state dictionaries {_ENTRIES}, without {absent}; "
+            "load_published_objective reads DropPos, MAE and Beyond Masking"
+        )
     return entries
 
 
@@ -148,9 +151,6 @@ def encoder_settings(
             no square, without ``grid_size``.
     """
     width, in_chans, patch_size, _ = state["patch_embed.proj.weight"].shape
-    heads = num_heads or next((s.num_heads for s in SHAPES.values() if s.embed_dim == width), None)
-    if heads is None:
-        raise ValueError(f"expected num_heads for a width of {width}, which is no published size")
     class_token = "cls_token" in state
     grid = grid_size or square_grid(state["pos_embed"].shape[1] - class_token)
     return {
@@ -159,7 +159,7 @@ def encoder_settings(
         "patch_size": patch_size,
         "in_chans": in_chans,
         "embed_dim": width,
-        "num_heads": heads,
+        "num_heads": heads_of_width(width, num_heads),
         "class_token": class_token,
     }
 
@@ -174,7 +174,7 @@ def _block_settings(state: Mapping[str, Tensor], blocks: str) -> dict[str, Any]:
     """Depth, hidden width and bias, as the blocks' weights show them."""
     attention = f"{blocks}.0.attn"
     return {
-        "depth": count_blocks(state, blocks),
+        "depth": count_blocks(state, f"{blocks}."),
         "mlp_ratio": hidden_ratio(*state[f"{blocks}.0.mlp.fc1.weight"].shape),
         "qkv_bias": "qv" if f"{attention}.q_bias" in state else f"{attention}.qkv.bias" in state,
         "norm_layer": published_norm,
@@ -182,8 +182,8 @@ def _block_settings(state: Mapping[str, Tensor], blocks: str) -> dict[str, Any]:
 
 
 def count_blocks(state: Mapping[str, Tensor], blocks: str) -> int:
-    """Return the depth: the highest number of a block whose weights are there, and one."""
-    numbers = {int(m[1]) for k in state if (m := re.match(rf"{blocks}\.(\d+)\.", k))}
+    """Return the depth: one more than the highest number after ``blocks``, as keys begin."""
+    numbers = {int(m[1]) for k in state if (m := re.match(rf"{re.escape(blocks)}(\d+)\.", k))}
     return max(numbers, default=-1) + 1
 
 

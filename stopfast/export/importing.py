@@ -17,6 +17,7 @@ from stopfast.export.weights import Imported, Untold, encoder_of
 from stopfast.kernels.ops import Ops
 from stopfast.pos_embed import Grid
 from stopfast.published import read_pickled, strip_prefixes
+from stopfast.published_layouts import encoder_from_published, told_layout
 from stopfast.trained import Which
 
 _TOLERANCE = 3e-5
@@ -40,10 +41,12 @@ def import_encoder(
     Args:
         source: a vision transformer of timm, Hugging Face (``IJepaModel``, ``ViTModel``) or the published
             programs; a state dictionary of one; a folder of timm's or Hugging Face's layout; a
-            safetensors file; a file of ``torch.save``, the published ``.pth.tar`` among them.
+            safetensors file; a file of ``torch.save``, the published ``.pth`` and ``.pth.tar`` among
+            them, with decoders or without.
         which: the encoder of a file that holds both.
         num_heads: heads, where the source does not tell; default those of the published size.
-        grid_size: (rows, columns) of patches, where the source does not tell; default a square.
+        grid_size: (rows, columns) of patches, where the source does not tell; default a square, of 224
+            pixels a side for files of Beyond Masking, which do not hold positions.
         norm_eps: eps of the norms, where the source does not tell; default 1e-6.
         ops: implementation of the operations.
 
@@ -62,17 +65,17 @@ def import_encoder(
         imported = _from_module(source, what)
     elif isinstance(source, Mapping):
         what = "the state dictionary"
-        imported = _from_state(source, what)
+        imported = _from_state(source, what, grid_size)
     else:
         what = str(source)
-        imported = _from_path(Path(source), which)
+        imported = _from_path(Path(source), which, grid_size)
     encoder = encoder_of(Imported(imported.state, imported.untold.completed(given)), what, ops)
     if isinstance(source, nn.Module):
         _compare(source, given, what)
     return encoder
 
 
-def _from_state(state: Mapping[str, Any], what: str) -> Imported:
+def _from_state(state: Mapping[str, Any], what: str, grid: Grid | None = None) -> Imported:
     others = sorted(str(k) for k, v in state.items() if not isinstance(v, Tensor))
     if others or not state:
         raise CheckpointError(
@@ -82,6 +85,9 @@ def _from_state(state: Mapping[str, Any], what: str) -> Imported:
     tensors = strip_prefixes(state)
     if transformers.is_hub_named(tensors):
         tensors = transformers.from_hub_names(tensors, what)
+    layout = told_layout(tensors)
+    if layout is not None:
+        tensors = encoder_from_published(layout, tensors, grid)
     return Imported({key: value.detach().cpu() for key, value in tensors.items()}, Untold())
 
 
@@ -94,7 +100,7 @@ def _from_module(module: nn.Module, what: str) -> Imported:
     return Imported(_from_state(module.state_dict(), what).state, untold)
 
 
-def _from_path(path: Path, which: Which) -> Imported:
+def _from_path(path: Path, which: Which, grid: Grid | None) -> Imported:
     if path.is_dir():
         return _from_folder(path)
     with path.open("rb") as file:
@@ -106,8 +112,9 @@ def _from_path(path: Path, which: Which) -> Imported:
     content = read_pickled(path)
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: expected a state dictionary, got {type(content).__name__}")
-    chosen = content.get(which)
-    return _from_state(chosen if isinstance(chosen, Mapping) else content, str(path))
+    entries = (content.get(name) for name in (which, "model"))
+    state = next((entry for entry in entries if isinstance(entry, Mapping)), content)
+    return _from_state(state, str(path), grid)
 
 
 def _from_folder(folder: Path) -> Imported:

@@ -24,8 +24,10 @@ def export_run(
             ``"timm"`` and ``"hf"``.
         format: ``"safetensors"``: the published names, for :func:`load_encoder`. ``"timm"``: for
             ``timm.create_model("local-dir:OUTPUT", pretrained=True)``. ``"hf"``: for
-            ``transformers.IJepaModel.from_pretrained(OUTPUT)``. ``"pth"``: the published ``.pth.tar``
-            with both encoders and the predictor, for :func:`stopfast.load_published`.
+            ``transformers.IJepaModel.from_pretrained(OUTPUT)`` or, with a class token,
+            ``ViTModel.from_pretrained(OUTPUT, add_pooling_layer=False)``. ``"pth"``: the published
+            file of the run's objective with all its networks, for :func:`stopfast.load_published` and
+            :func:`stopfast.load_published_objective`.
         which: the encoder; the published results are the target encoder's. ``"pth"`` holds both.
 
     Returns:
