@@ -26,5 +26,5 @@ def of_step(seed: Tensor, count: int) -> Tensor:
 
 def of_run(seed: int, count: int) -> list[float]:
     """Return uniform numbers of a whole run, in [0, 1)."""
-    pair = torch.tensor([seed, 0])
+    pair = torch.tensor([seed, 0], device="cpu")  # read here, wherever modules are made
     return uniform(pair, pair.new_zeros(1), count, _OF_THE_RUN)[0].tolist()

@@ -25,6 +25,8 @@ def corrected(config: Config) -> Config:
     if isinstance(config.objective, DropPosConfig):
         settings = replace(config.objective, smoothing_grid="corrected", smoothing_norm="corrected")
         return replace(config, objective=settings)
+    if config.objective.degrade.kind == "none":
+        return config
     return _reconstruction(config, config.objective)
 
 
