@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stopfast.build import build_objective
 from stopfast.checkpoint import CheckpointError, require_fit
@@ -18,6 +18,7 @@ from stopfast.config import (
     NoiseConfig,
 )
 from stopfast.models import heads_of_width
+from stopfast.objectives import Objective
 from stopfast.pos_embed import Grid, square_grid
 from stopfast.presets import PRESETS
 from stopfast.published import count_blocks, hidden_ratio, read_pickled, strip_prefixes
@@ -54,13 +55,13 @@ _DECODER_HEADS: Mapping[Layout, Mapping[int, int]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedObjective:
-    """The networks of a published checkpoint, on the CPU."""
+    """A published checkpoint, on the CPU."""
 
     layout: Layout
     config: Config
     """Settings of an objective of these networks, whose sizes are the file's."""
-    modules: Mapping[str, nn.Module]
-    """By the names of the objective's ``modules()``."""
+    objective: Objective[Any]
+    """What these settings say, with the file's weights."""
     unread: Mapping[str, Tensor]
     """Weights that the file holds and the published program reads nowhere, by its names."""
     epoch: int | None
@@ -73,6 +74,7 @@ def load_published_objective(
     num_heads: int | None = None,
     decoder_num_heads: int | None = None,
     grid_size: Grid | None = None,
+    steps_per_epoch: int = 1,
 ) -> PublishedObjective:
     """Load a ``.pth`` checkpoint of the published DropPos, MAE or Beyond Masking program, all of it.
 
@@ -87,6 +89,7 @@ def load_published_objective(
         num_heads: heads of the encoder; default those of the published size.
         decoder_num_heads: heads of the decoder; default those of the published width.
         grid_size: (rows, columns) of patches; default a square, for Beyond Masking of 224 pixels a side.
+        steps_per_epoch: of the objective's schedules.
 
     Raises:
         CheckpointError: a damaged file, one of another layout, or a weight that is missing, unknown or of
@@ -114,13 +117,14 @@ def load_published_objective(
     except KeyError as error:
         raise CheckpointError(f"{path}: missing: {error.args[0]}") from None
     config = replace(config, model=model)
-    modules = build_objective(config, steps_per_epoch=1).modules()
+    objective = build_objective(config, steps_per_epoch)
+    modules = objective.modules()
     own = {name: module.state_dict() for name, module in modules.items()}
     require_fit(to_published(layout, own), state, str(path))
     for name, weights in from_published(layout, state).items():
         modules[name].load_state_dict({**own[name], **weights})
     return PublishedObjective(
-        layout=layout, config=config, modules=modules, unread=unread, epoch=content.get("epoch")
+        layout=layout, config=config, objective=objective, unread=unread, epoch=content.get("epoch")
     )
 
 

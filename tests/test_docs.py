@@ -10,7 +10,7 @@ import torch
 from stopfast.cli import main
 from stopfast.export import export_run
 from stopfast.presets import PRESETS
-from tests.test_export import settings, write_checkpoint
+from tests.small_runs import settings, write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))

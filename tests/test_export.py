@@ -1,4 +1,4 @@
-"""Exports load in the libraries that they are for, and imports compute what their sources compute."""
+"""Exports load in the libraries that they are for and come back as they were."""
 
 import json
 import sys
@@ -8,85 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
-from stopfast import VisionTransformer, load_published
-from stopfast.build import build_objective
-from stopfast.checkpoint import CheckpointError, save_checkpoint
-from stopfast.config import (
-    DataConfig,
-    DegradeConfig,
-    DropPosConfig,
-    ModelConfig,
-    MonitorConfig,
-    NoiseConfig,
-    ReconstructionConfig,
-    RunConfig,
-    Transforms,
-    to_document,
-)
+from stopfast import load_published
+from stopfast.config import NoiseConfig
 from stopfast.export import export_run, import_encoder, load_encoder
 from stopfast.export.safetensors import read_tensors
-from stopfast.networks import seeded
-from stopfast.presets import demo
 from stopfast.trained import load_trained
-
-ROOT = Path(__file__).resolve().parents[1]
-TOLERANCE = 1e-5
-HEADS = {"square": 4, "wide": 2, "token": 4, "gray": 4}
-GRIDS = {"wide": (4, 6), "gray": (8, 8)}
-TEACHERS = ("square", "wide")
-
-
-def settings(name: str):
-    """The demo's size; an image that is not square, a head of 24 channels, an odd hidden width; an encoder
-    with a class token; one without biases of keys, that sees one channel and numbers its patches."""
-    model = ModelConfig(
-        patch_size=4,
-        embed_dim=96,
-        depth=2,
-        num_heads=4,
-        predictor_embed_dim=48,
-        predictor_depth=1,
-    )
-    size = (32, 32)
-    if name == "wide":
-        model = replace(model, patch_size=8, embed_dim=48, num_heads=2, mlp_ratio=48 / 11)
-        size = (32, 48)
-    objective, noise = demo().objective, NoiseConfig(variant="stop")
-    if name == "token":
-        model, noise = replace(model, class_token=True), NoiseConfig()
-        objective = DropPosConfig(multi_task=True)
-    elif name == "gray":
-        model = replace(model, positions="1d", qkv_bias="qv", predictor_embed_bias=False)
-        degrade = DegradeConfig(kind="decolorized", gray_channels=1)
-        objective, noise = ReconstructionConfig(mask_ratio=0.0, degrade=degrade), NoiseConfig()
-    transforms = Transforms(size=size, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4), center=0.8)
-    here = Path.home() / "mine"
-    return replace(
-        demo(),
-        model=model,
-        data=DataConfig(transforms=transforms, root=here),
-        noise=noise,
-        objective=objective,
-        monitor=MonitorConfig(labelled=here),
-        run=RunConfig(output=here, seed=5),
-    )
-
-
-def write_checkpoint(folder: Path, config, seed: int = 1) -> Path:
-    """A checkpoint whose networks have random weights in every place, all different."""
-    weights = {}
-    numbered = config.model.positions == "1d"
-    with seeded(seed):
-        for name, network in build_objective(config, steps_per_epoch=1).modules().items():
-            for key, value in network.state_dict().items():
-                fixed = key == "predictor_pos_embed" or (numbered and key == "pos_embed")
-                noise = 0 if fixed else 0.05 * torch.randn_like(value)
-                weights[f"{name}.{key}"] = value + noise
-    state = {"step": 7, "optimizer": {}}
-    save_checkpoint(folder, {"model": weights}, {"config": to_document(config), "state": state})
-    return folder
+from tests.small_runs import (
+    GRIDS,
+    HEADS,
+    TEACHERS,
+    assert_same,
+    hugging_face,
+    images,
+    settings,
+    write_checkpoint,
+)
 
 
 @pytest.fixture(scope="module")
@@ -95,28 +32,9 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
     return {name: write_checkpoint(folder / name, settings(name)) for name in HEADS}
 
 
-def images(name: str) -> torch.Tensor:
-    return torch.randn(2, 3, *settings(name).data.transforms.size)
-
-
-def assert_same(got: torch.Tensor, expected: torch.Tensor) -> None:
-    assert got.shape == expected.shape
-    assert (got - expected).abs().max() < TOLERANCE * expected.abs().max()
-
-
 def in_timm(folder: Path):
     timm = pytest.importorskip("timm")
     return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-
-
-def hugging_face():
-    """transformers, imported where this repository's folder ``kernels`` does not pass for theirs."""
-    elsewhere = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", elsewhere)
-        transformers = pytest.importorskip("transformers")
-        assert transformers.IJepaModel and transformers.AutoImageProcessor  # loaded on first use
-    return transformers
 
 
 def in_transformers(folder: Path):
@@ -256,131 +174,6 @@ def test_timm_name_and_arguments_of_published_sizes(size, patch, image, name, tm
         k: v.shape for k, v in encoder.state_dict().items()
     }
     assert model.blocks[0].attn.num_heads == encoder.num_heads
-
-
-def test_models_of_other_libraries(tmp_path):
-    """Fresh models with tables of positions that are learned: kept as they are."""
-    timm, transformers = pytest.importorskip("timm"), hugging_face()
-    arguments = {"img_size": (16, 24), "patch_size": 4, "embed_dim": 48, "depth": 2, "num_heads": 2}
-    model = timm.models.VisionTransformer(
-        **arguments, class_token=False, global_pool="avg", fc_norm=False, num_classes=0
-    ).eval()
-    token = timm.models.VisionTransformer(**arguments, class_token=True, num_classes=0).eval()
-    config = transformers.IJepaConfig(
-        hidden_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        intermediate_size=100,
-        image_size=[16, 24],
-        patch_size=4,
-        layer_norm_eps=1e-3,
-        qkv_bias=False,
-    )
-    hugging = transformers.IJepaModel(config).eval()
-    hugging.save_pretrained(tmp_path / "hf", max_shard_size="40KB")
-    assert (tmp_path / "hf" / "model.safetensors.index.json").is_file()
-    torch.save(model.state_dict(), tmp_path / "timm.pth")
-    x = torch.randn(2, 3, 16, 24)
-    half = {"num_heads": 2, "grid_size": (4, 6)}
-    with torch.no_grad():
-        for source, given in (
-            (model, {}),
-            (model.state_dict(), half),
-            (tmp_path / "timm.pth", half),
-        ):
-            assert_same(import_encoder(source, **given)(x), model.forward_features(x))
-        assert torch.equal(import_encoder(model).pos_embed, model.pos_embed)
-        assert_same(import_encoder(token).tokens(x), token.forward_features(x))
-        told = {"num_heads": 3, "grid_size": (4, 6), "norm_eps": 1e-3}
-        for source, given in (
-            (hugging, {}),
-            (tmp_path / "hf", {}),
-            (hugging.state_dict(), told),
-        ):
-            assert_same(import_encoder(source, **given)(x), hugging(x).last_hidden_state)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"class_token": True, "no_embed_class": True}, r"pos_embed \(1, 16, 48\) instead"),
-        ({"reg_tokens": 2}, "unknown: reg_token"),
-        ({"init_values": 0.1}, r"unknown: blocks\.\*\.ls1\.gamma, blocks\.\*\.ls2\.gamma"),
-        ({"qk_norm": True}, r"unknown: blocks\.\*\.attn\.k_norm"),
-        ({"fc_norm": True}, "unknown: fc_norm"),
-        ({"num_classes": 10}, r"unknown: head\.bias, head\.weight"),
-        ({"pos_embed": "none"}, "missing: pos_embed"),
-        ({"act_layer": "gelu_tanh"}, "computes something else"),
-        ({"norm_layer": "rmsnorm"}, r"missing: .*norm\.bias"),
-    ],
-)
-def test_what_our_encoder_does_not_have_is_refused_by_name(changes, message):
-    timm = pytest.importorskip("timm")
-    arguments = {"img_size": 16, "patch_size": 4, "embed_dim": 48, "depth": 2, "num_heads": 2}
-    arguments |= {"class_token": False, "global_pool": "avg", "fc_norm": False, "num_classes": 0}
-    with pytest.raises(CheckpointError, match=message):
-        import_encoder(timm.models.VisionTransformer(**{**arguments, **changes}))
-
-
-STATE = VisionTransformer(
-    img_size=[16], patch_size=4, embed_dim=24, depth=1, num_heads=2
-).state_dict()
-
-
-@pytest.mark.parametrize(
-    ("change", "given", "error", "message"),
-    [
-        ({"norm.weight": None}, {}, CheckpointError, r"missing: norm\.weight"),
-        ({"patch_embed.proj.weight": None}, {}, CheckpointError, "missing: patch_embed"),
-        ({"norm.bias": torch.ones(3)}, {}, CheckpointError, r"norm\.bias \(3,\)"),
-        ({"patch_embed.proj.weight": torch.ones(24, 48)}, {}, CheckpointError, r"\(24, 48\)"),
-        ({"epoch": 3}, {}, CheckpointError, "epoch"),
-        ({}, {"num_heads": None}, ValueError, "num_heads"),
-        ({}, {"grid_size": (2, 7)}, CheckpointError, "pos_embed"),
-    ],
-)
-def test_state_that_does_not_fit(change, given, error, message):
-    state = {k: v for k, v in {**STATE, **change}.items() if v is not None}
-    with pytest.raises(error, match=message):
-        import_encoder(state, **{"num_heads": 2, **given})
-
-
-def test_files_that_cannot_be_imported(checkpoints, tmp_path):
-    hf = export_run(checkpoints["square"], tmp_path / "hf", format="hf")
-    config = json.loads((hf / "config.json").read_text())
-    tensors = load_file(hf / "model.safetensors")
-    (tmp_path / "cut").write_bytes((hf / "model.safetensors").read_bytes()[:-8])
-    foreign = dict(tensors)
-    save_file(foreign, tmp_path / "foreign")
-    cases = [
-        (lambda: import_encoder(tmp_path / "cut"), "expected a safetensors file"),
-        (lambda: load_encoder(tmp_path / "foreign"), "stopfast.encoder"),
-        (lambda: import_encoder(tmp_path), "config.json"),
-        (lambda: import_encoder(hf, num_heads=6), "num_heads=4"),
-    ]
-    for call, message in cases:
-        with pytest.raises(ValueError, match=message):
-            call()
-    for key, message in (
-        ("embeddings.mask_token", "unknown: embeddings.mask_token"),
-        ("encoder.layer.0.attention.attention.key.bias", "missing for blocks.0.attn.qkv.bias"),
-    ):
-        changed = {k: v for k, v in tensors.items() if k != key}
-        if key not in tensors:
-            changed[key] = torch.ones(1, 1, 96)
-        save_file(changed, hf / "model.safetensors")
-        with pytest.raises(CheckpointError, match=message):
-            import_encoder(hf)
-    for change, message in (({"hidden_act": "relu"}, "relu"), ({"model_type": "bert"}, "bert")):
-        (hf / "config.json").write_text(json.dumps({**config, **change}))
-        with pytest.raises(CheckpointError, match=message):
-            import_encoder(hf)
-    timm = export_run(checkpoints["square"], tmp_path / "timm", format="timm")
-    document = json.loads((timm / "config.json").read_text())
-    document["model_args"]["act_layer"] = "quick_gelu"
-    (timm / "config.json").write_text(json.dumps(document))
-    with pytest.raises(CheckpointError, match="act_layer"):
-        import_encoder(timm)
 
 
 @pytest.mark.parametrize("format", ["safetensors", "timm", "hf", "pth"])
