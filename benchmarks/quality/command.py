@@ -46,14 +46,14 @@ class QualityOptions:
     seeds: int | None = None
     """Runs of an arm; by default 3, and 5 of ``noise`` and ``covariance``."""
     steps: int | None = None
-    """Steps of a run; by default 400 on a CPU, where none then takes 3 minutes, and 1,000 on a GPU."""
+    """Steps of a run; by default 600 on a CPU, of which none takes 3 minutes, and 1,000 on a GPU."""
     batch: int | None = None
-    """Images of a step; by default 64 on a CPU, as in the presets, and 512 on a GPU."""
+    """Images of a step; by default 32 on a CPU, half the presets', and 512 on a GPU."""
     size: Size | None = None
     """Networks: those of the presets (CPU), or ``small``, a ViT of 6 blocks of width 256 (GPU)."""
     images: int = 20_000
     """At most so many images to train on."""
-    known: int = 10_000
+    known: int = 5_000
     """At most so many of these, whose labels the classifiers see."""
     asked: int = 5_000
     """At most so many test images."""
@@ -106,8 +106,8 @@ class QualityOptions:
         scale = Scale(
             "demo" if self.data is None else "cifar10",
             self.size or ("small" if gpu else "preset"),
-            self.batch or (512 if gpu else 64),
-            self.steps or (1000 if gpu else 400),
+            self.batch or (512 if gpu else 32),
+            self.steps or (1000 if gpu else 600),
         )
         precision = self.precision or ("bf16" if gpu else "fp32")
         return Budget(scale, precision, self.fast)
