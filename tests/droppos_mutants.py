@@ -78,7 +78,8 @@ MUTANTS = (
         "the decoder has positions",
         DECODER,
         "x = self.decoder_embed(x)",
-        "x = self.decoder_embed(x)\n        x = x + 0.1 * x.new_tensor(range(x.shape[1]))[:, None]",
+        "x = self.decoder_embed(x)\n        place, width = (x.new_tensor(range(n)) for n in x.shape[1:])\n"
+        "        x = x + (place[:, None] * width).sin()",
     ),
     Mutant(
         32,
