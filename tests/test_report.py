@@ -216,7 +216,9 @@ def test_a_perfect_prediction_finds_its_patch(variant):
 def test_masks_are_drawn_where_they_are():
     config = settings()
     masks = build_masks(config)(3, 0)
-    figure = pictures.draw_masks(torch.zeros(3, 32, 32, 3), masks, GRID, {"context": torch.zeros(3, 32, 32, 3)})
+    figure = pictures.draw_masks(
+        torch.zeros(3, 32, 32, 3), masks, GRID, {"context": torch.zeros(3, 32, 32, 3)}
+    )
     context = np.asarray(figure.axes[3].images[0].get_array())  # black where the image shows
     seen = np.flatnonzero((context.reshape(8, 4, 8, 4, 3) == 0).all(axis=(1, 3, 4)))
     assert seen.tolist() == masks.context[0][0].tolist()

@@ -34,6 +34,32 @@ def test_passes(precision, tmp_path, capsys):
     assert "predictions" in out and "loss over 3 steps" in out and "DIFFERS" not in out
 
 
+@pytest.mark.parametrize(
+    ("preset", "computed"),
+    [
+        ("droppos-demo", "position logits"),
+        ("beyond-zoomed-in-mask-demo", "predictions"),
+        ("stop-blurred-demo", "predictions"),
+    ],
+)
+def test_every_objective(preset, computed, tmp_path, capsys):
+    """What each computes, and every gradient of each of its modules that is trained."""
+    config = PRESETS[preset]()
+    model = replace(TINY.model, class_token=config.model.class_token, depth=1, predictor_depth=1)
+    config = replace(config, data=TINY.data, model=model)
+    assert run(config, tmp_path, "--steps", "1") == 0
+    out = capsys.readouterr().out
+    objective = build.build_objective(config, 1)
+    trained = [
+        n for n, m in objective.modules().items() if any(p.requires_grad for p in m.parameters())
+    ]
+    assert computed in out and "DIFFERS" not in out and len(trained) == 2
+    for name in trained:
+        assert f"gradient {name}." in out
+    for name in objective.modules():
+        assert f"{name} after 1 steps" in out
+
+
 def test_fifty_steps():
     """Weights, teacher and losses stay within twice eager's own distance from a run in fp64."""
     model = replace(TINY.model, num_heads=1)  # of half as many programs to interpret
@@ -41,7 +67,8 @@ def test_fifty_steps():
     arms = {n: verify._arm(config, n, None, "cpu") for n in ("exact", "eager", "fused")}
     before = verify._weights(arms["exact"])
     losses: dict[str, list] = {name: [] for name in arms}
-    for number, images in enumerate(verify._images(config, 50, "cpu"), start=1):
+    batches = verify._images(config, arms["exact"].objective, 50, "cpu")
+    for number, images in enumerate(batches, start=1):
         for name, arm in arms.items():
             losses[name].append(arm.step(images.to(arm.dtype), number).loss.double())
     away = {name: torch.stack(losses[name]) - torch.stack(losses["exact"]) for name in arms}

@@ -4,6 +4,7 @@ import base64
 import io
 from collections.abc import Sequence
 from importlib.util import find_spec
+from textwrap import wrap
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -22,6 +23,8 @@ WIDTH = 8.0
 INK, FAINT = "#222222", "#8a8a8a"
 _DPI = 150
 _TEXT = 9.0
+_LABEL = 14
+"""Letters of a line beside a row of images, which have the rest of the width."""
 
 
 def require_matplotlib() -> None:
@@ -68,7 +71,8 @@ def title(ax: "Axes", text: str) -> None:
 
 
 def side_label(ax: "Axes", text: str) -> None:
-    """Write what a row of images shows at the left of its first axes."""
+    """Write what a row of images shows at the left of its first axes; a long name takes several lines."""
+    text = "\n".join(part for line in text.split("\n") for part in wrap(line, _LABEL))
     ax.set_ylabel(text, fontsize=_TEXT, color=INK, rotation=0, ha="right", va="center", labelpad=6)
 
 

@@ -41,7 +41,7 @@ def draw_curves(
 
     Args:
         panels: curves by quantity, then by run; a run keeps its colour in all panels.
-        log_scale: quantities whose axis is logarithmic.
+        log_scale: quantities whose axis is logarithmic where they span a power of ten.
         runs: all of them, in the order of their colours; default: as they come.
 
     Raises:
@@ -59,11 +59,12 @@ def draw_curves(
             marker = "o" if len(steps) < 12 else None
             ax.plot(steps, values, color=colour, linewidth=1.6, marker=marker, ms=4, label=run)
         label(ax, "optimiser step", quantity)
-        if quantity in log_scale:
+        drawn = [value for _, values in curves.values() for value in values]
+        if quantity in log_scale and 0 < 10 * min(drawn) <= max(drawn):
             ax.set_yscale("log")
     for ax in axes.flat[len(panels) :]:
         ax.set_axis_off()
-    legend(axes.flat[0])
+    legend(max(axes.flat, key=lambda ax: len(ax.lines)))
     return made
 
 

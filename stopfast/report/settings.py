@@ -36,16 +36,22 @@ def summary_table(runs: Mapping[str, TrainedRun]) -> Table:
 
 
 def difference_table(runs: Mapping[str, TrainedRun]) -> Table | None:
-    """Return the settings in which runs differ, save where they were written; None for one run."""
+    """Return the settings of all runs in which they differ, save where they were written; None for one."""
     if len(runs) < 2:
         return None
     flat = [_flatten(to_document(run.config)) for run in runs.values()]
-    names = sorted({name for settings in flat for name in settings} - {"run.output", "run.resume"})
-    rows = [(name, *(str(settings.get(name)) for settings in flat)) for name in names]
+    shared = set(flat[0]).intersection(*flat[1:])
+    names = sorted(shared - {"run.output", "run.resume"})
+    rows = [(name, *(str(settings[name]) for settings in flat)) for name in names]
     return Table(
         header=("setting", *runs),
         rows=[row for row in rows if len(set(row[1:])) > 1] or [("none", *("" for _ in runs))],
-        caption="Settings in which the runs differ; every other one is the same.",
+        caption="Settings in which the runs differ; every other one that all have is the same."
+        + (
+            ""
+            if all(each.keys() == shared for each in flat)
+            else " What only some objectives have is under every setting."
+        ),
     )
 
 
@@ -55,7 +61,7 @@ def full_table(runs: Mapping[str, TrainedRun]) -> Table:
     names = dict.fromkeys(name for settings in flat for name in settings)
     return Table(
         header=("setting", *runs),
-        rows=[(name, *(str(settings.get(name)) for settings in flat)) for name in names],
+        rows=[(name, *(str(settings.get(name, "")) for settings in flat)) for name in names],
         folded="Every setting",
     )
 

@@ -62,8 +62,11 @@ def curve_section(
     if not panels:
         return Section(title="Training", text="These runs left no log.")
     points = "" if longest == 1 else f" A point is the mean of up to {longest:,} steps."
-    told = "; ".join(f"{about}: {it}" if several else it for about, it in losses.values())
-    caption = f"What the runs logged while they trained.{points} The loss is {told}."
+    told = " ".join(
+        f"The loss of {about} is {it}." if several else f"The loss is {it}."
+        for about, it in losses.values()
+    )
+    caption = f"What the runs logged while they trained.{points} {told}"
     if panels.keys() & {"feature std", "RankMe", "target variance"}:
         caption += (
             " The monitors look at the target encoder, or at the encoder where there is no other. Feature "
