@@ -16,10 +16,10 @@ import safetensors  # noqa: F401
 import torch
 import torch.optim.swa_utils  # noqa: F401
 
-from tests import degradation_mutants, droppos_mutants
+from tests import degradation_mutants, droppos_mutants, reconstruction_mutants
 from tests.mutation import Mutant, run_on_copy
 
-CASES = tuple(range(1, 50))
+CASES = tuple(range(1, 51))
 FAILED, PASSED = pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.OK
 
 
@@ -259,6 +259,7 @@ MUTANTS = (
     ),
     *droppos_mutants.MUTANTS,
     *degradation_mutants.MUTANTS,
+    *reconstruction_mutants.MUTANTS,
 )
 
 

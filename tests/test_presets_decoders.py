@@ -196,7 +196,7 @@ def test_schedules(name: str, points: dict[int, float]):
     objective = build_objective(smaller(PRESETS[name]()), STEPS_PER_EPOCH)
     for step, lr in points.items():
         scalars = objective.scalars(step)
-        assert scalars["lr"] == pytest.approx(lr, rel=1e-4, abs=1e-9), step
+        assert scalars["lr"] == pytest.approx(lr, rel=1e-6, abs=1e-12), step
         assert scalars.keys() == {"lr", "weight_decay"} and scalars["weight_decay"] == 0.05
 
 
