@@ -15,7 +15,7 @@ from stopfast.kernels._means import mean_of
 from stopfast.kernels._tiles import shape_class, tiles
 from stopfast.kernels.arguments import SMALLEST_SPREAD, Smoothing, check_positions
 
-_ELEMENTS = 2048  # of one program
+_ELEMENTS, _MOST_ROWS = 2048, 16  # of one program
 
 
 @triton.jit
@@ -39,6 +39,12 @@ def _shares(
     apart = (label if BY_ROW else place)[:, None] - every[None, :]
     total = tl.sum(tl.where((every < SIDE)[None, :], _near(apart, sharpness), 0.0), 1)
     return _near(from_label, sharpness) / (total[:, None] if BY_ROW else total[None, :])
+
+
+@triton.jit
+def _own_share(shares, label, PLACES: tl.constexpr):
+    own = tl.arange(0, PLACES)[None, :] == label[:, None]
+    return tl.sum(tl.where(own, shares, 0.0), 1)
 
 
 # How many patches are visible may follow a schedule: it is no reason to compile again.
@@ -93,9 +99,10 @@ def _position_kernel(
 
     counted = tl.load(weight + row, mask=inside, other=0.0).to(tl.float32)
     if IGNORE_CONFIDENT:
-        true = position[None, :, :] == label[:, None, None]
-        likely = tl.exp(tl.sum(tl.sum(tl.where(true, value, 0.0), 2), 1) - tl.log(all_mass))
-        wanted = tl.sum(tl.sum(tl.where(true, smoothed, 0.0), 2), 1)
+        own = tl.load(logits + place + label, mask=inside & (label < positions), other=0.0)
+        likely = tl.exp(own.to(tl.float32) - highest - tl.log(all_mass))
+        wanted = _own_share(by_row, label // ACROSS, TALL)
+        wanted *= _own_share(by_column, label % ACROSS, WIDE)
         counted = tl.where(likely >= wanted, 0.0, counted)
     if BACKWARD:
         divisor = tl.load(total)
@@ -128,7 +135,7 @@ def _run(
     tall = power_of_two(triton.cdiv(positions, across), 1)
     wide = power_of_two(across, 1)
     kernel = f"position_cross_entropy_{'forward' if backward is None else 'backward'}"
-    own = {"ROWS": max(1, _ELEMENTS // (tall * wide)), "num_warps": 4}
+    own = {"ROWS": min(_MOST_ROWS, max(1, _ELEMENTS // (tall * wide))), "num_warps": 4}
     cut = tiles(kernel, shape_class(logits.dtype, l=tall * wide), logits.device, own)
     programs = triton.cdiv(batch * visible, cut["ROWS"])
     if backward is None:
