@@ -39,10 +39,11 @@ def seed_host(seed: int, stream: Stream, *path: int) -> None:
     torch.default_generator.manual_seed(_int64(state))
 
 
-def seed_everything(seed: int, stream: Stream, *path: int) -> None:
-    """Seed the generators of the CPU and of every GPU."""
+def seed_device(device: torch.device, seed: int, stream: Stream, *path: int) -> None:
+    """Seed the generators of the CPU and, if that is where the run computes, of the GPU."""
     seed_host(seed, stream, *path)
-    torch.manual_seed(_int64(words(seed, stream, *path)))
+    if device.type == "cuda":
+        torch.cuda.manual_seed(_int64(words(seed, stream, *path)))
 
 
 def _int64(state: np.ndarray) -> int:

@@ -21,7 +21,7 @@ from stopfast.data.scan import usable_images
 from stopfast.evaluation.rows import open_splits
 from stopfast.export.files import appearing
 from stopfast.finetuning.accuracy import Accuracy, measure_accuracy
-from stopfast.finetuning.chance import Stream, borrowed_generators, seed_everything
+from stopfast.finetuning.chance import Stream, borrowed_generators, seed_device
 from stopfast.finetuning.data import (
     LabelledImages,
     default_workers,
@@ -103,7 +103,7 @@ def _begin(settings: FinetuneSettings, console: Console) -> Run:
     trained = load_trained(settings.checkpoint)
     encoder, transforms = trained.chosen(settings.which), trained.config.data.transforms
     train, test = open_splits(settings.data)
-    seed_everything(recipe.seed, Stream.WEIGHTS)
+    seed_device(device, recipe.seed, Stream.WEIGHTS)
     model = build_classifier(encoder, transforms, len(train.classes), recipe)
     workers = default_workers() if settings.workers is None else settings.workers
     data = DataConfig(threads=max(1, workers), broken=settings.broken)
@@ -222,8 +222,8 @@ def _steps(run: Run, journal: Journal, request: StopRequest) -> Accuracy | None:
                 return None
             if whole:
                 with meter.paused():
-                    accuracy = _look(run, journal)
                     run.save()
+                    accuracy = _look(run, journal)
     return accuracy
 
 

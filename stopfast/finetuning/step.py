@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stopfast.finetuning.chance import Stream, seed_everything
+from stopfast.finetuning.chance import Stream, seed_device
 from stopfast.finetuning.data import Labelled
 from stopfast.finetuning.settings import Recipe
 from stopfast.schedules import Cosine
@@ -81,7 +81,8 @@ class FinetuneStep:
         """Take an update.
 
         Args:
-            parts: the micro-batches, images fp32 [B, 3, H, W] and labels int64 [B] each, on any device.
+            parts: the micro-batches, images fp32 [B, 3, H, W] and labels int64 [B] each, on any device;
+                images that are on this one already are mixed in place.
             step: number of the update, from 1.
 
         Returns:
@@ -94,7 +95,7 @@ class FinetuneStep:
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
         for number, (images, labels) in enumerate(parts):
-            seed_everything(self.recipe.seed, Stream.STEP, step, number)
+            seed_device(self.device, self.recipe.seed, Stream.STEP, step, number)
             loss = self._loss(
                 images.to(self.device, non_blocking=True),
                 labels.to(self.device, non_blocking=True),
