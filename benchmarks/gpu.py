@@ -66,6 +66,8 @@ class GpuOptions:
     """Commit of the code where there is no repository to ask."""
     data: Path | None = None
     """Photographs, for the loaders and the loss curves."""
+    small: Path | None = None
+    """Folder with ``train/`` and ``test/`` of small labelled photographs, CIFAR-10, for the accuracies."""
 
     def __post_init__(self) -> None:
         Options(device=self.device).place  # noqa: B018 - raises where there is no GPU
@@ -115,8 +117,20 @@ def tasks(options: GpuOptions) -> Iterator[Task]:
     if options.data is not None:
         yield Task("loader", ("loader", "--data", str(options.data)), 40)
         yield Task("train", ("train", "--data", str(options.data), *problem), 60)
+    yield from _accuracies(options)
     if not small:
         yield Task("tune", ("tune", "--table", str(_table(options))), 60)
+
+
+def _accuracies(options: GpuOptions) -> Iterator[Task]:
+    """Of objectives, of StoP's noise, of combinations, ten minutes each; a rehearsal's are of digits."""
+    if options.device == "cpu":
+        sizes = ("--steps", "10", "--batch", "8", "--known", "100", "--asked", "50", "--seeds", "1")
+        yield Task("quality", ("quality", "--arm", "untrained", "ijepa", *sizes), 30)
+    elif options.small is not None:
+        for study in ("objectives", "noise", "combinations"):
+            told = ("--data", str(options.small), "--study", study)
+            yield Task(f"quality-{study}", ("quality", *told), 60)
 
 
 def _table(options: GpuOptions) -> Path:

@@ -6,6 +6,7 @@ a linear probe. A run is a row of the results as soon as it is done; called agai
 """
 
 import fnmatch
+import gc
 import json
 import os
 import sys
@@ -13,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from platformdirs import user_cache_path
@@ -20,7 +22,7 @@ from platformdirs import user_cache_path
 from benchmarks.engine.options import Cell, Device, Precision
 from benchmarks.engine.provenance import device_folder, machine_info, provenance
 from benchmarks.engine.results import Results, results_path
-from benchmarks.engine.runner import running_marker
+from benchmarks.engine.runner import DEVICE_LOST, running_marker
 from benchmarks.quality.arms import STUDIES, Arm, Scale, Size, Study
 from benchmarks.quality.runs import Budget, Data, run_arm
 from stopfast.build import choose_device
@@ -117,7 +119,8 @@ OPTIONS = QualityOptions
 
 
 def run(options: QualityOptions) -> int:
-    """Take the runs that the results file lacks; the exit status, 1 if one of them failed.
+    """Take the runs that the results file lacks; the exit status, 1 if one of them failed, 70 if the GPU is
+    lost.
 
     Raises:
         ValueError: data or settings that cannot be used, or a file of runs by other settings.
@@ -143,31 +146,30 @@ def run(options: QualityOptions) -> int:
     if not wanted:
         return 0
     results.begin(origin, machine_info=machine_info())
+    path.parent.mkdir(parents=True, exist_ok=True)
     counts = (options.images, options.known, options.asked)
     data = Data.load(splits, counts, device, len(os.sched_getaffinity(0)))
-    failed, marker = 0, running_marker(path)
+    failed = 0
     for number, (seed, arm) in enumerate(wanted, 1):
         if options.seconds is not None and time.monotonic() - begin > options.seconds:
             print(f"the {options.seconds:.0f} s are over: {len(wanted) - number + 1} runs are left")
             break
         cell = _cell(arm, seed)
         info = {"key": cell.key, "kind": KIND, "arm": arm.name, "seed": seed, "settings": told}
-        marker.parent.mkdir(parents=True, exist_ok=True)
-        marker.write_text(json.dumps(info))
+        running_marker(path).write_text(json.dumps(info))
         try:
             found = run_arm(arm, seed, budget, data, device)
         except Exception as error:  # the other arms go on
             failed += 1
             results.refuse(info, "failed", f"{type(error).__name__}: {error}".partition("\n")[0])
             print(f"{cell.key}: {error!r}", file=sys.stderr)
+            if _lost(device):
+                return DEVICE_LOST
         else:
             results.add(_row(cell, {**info, **found}))
-            print(
-                f"{number}/{len(wanted)} {arm.name}, seed {seed}: kNN {found['knn']:.1%}, linear "
-                f"{found['linear']:.1%}, {found['train_s']:.0f} s and {found['evaluate_s']:.0f} s",
-                flush=True,
-            )
-    marker.unlink(missing_ok=True)
+            print(f"{number}/{len(wanted)} {arm.name}, seed {seed}: {_shown(found)}", flush=True)
+        running_marker(path).unlink()
+        gc.collect()  # before the next arm's networks
     return int(failed > 0)
 
 
@@ -186,6 +188,23 @@ def require_same(results: Results, told: dict[str, object]) -> None:
                 f"expected the settings of the runs in {results.path}, {there}, got "
                 f"{ {name: told.get(name) for name in sorted(other)} }; choose another --results"
             )
+
+
+def _lost(device: torch.device) -> bool:
+    """Whether an arm left the GPU in a state that no later one can use."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
+def _shown(found: dict[str, Any]) -> str:
+    return (
+        f"kNN {found['knn']:.1%}, linear {found['linear']:.1%}, {found['train_s']:.0f} s and "
+        f"{found['evaluate_s']:.0f} s"
+    )
 
 
 def _told(
@@ -208,7 +227,7 @@ def _cell(arm: Arm, seed: int) -> Cell:
     return Cell(KIND, arm.name, {}, seed)
 
 
-def _row(cell: Cell, info: dict[str, object]) -> dict[str, object]:
+def _row(cell: Cell, info: dict[str, Any]) -> dict[str, object]:
     """A row as pytest-benchmark has it, of one round: the training."""
     from pytest_benchmark.stats import Stats
 

@@ -18,6 +18,10 @@ from stopfast.data.images import Images
 from stopfast.data.loader import TrainPlan
 from stopfast.data.pixels import open_stored, to_rgb
 
+_ONE = 2.0**22
+Scale = tuple[Tensor, Tensor]
+"""Mean and deviation of 0..255, fp32 [3, 1, 1] each, on the images' device: no step waits for them."""
+
 
 @dataclass(frozen=True, eq=False)
 class Pixels:
@@ -59,6 +63,7 @@ class Pixels:
         """
         if plan.transforms.gray or plan.transforms.blur:
             raise ValueError("expected transforms without gray and blur, got some with")
+        size, scale = plan.transforms.size, self._scale(plan.transforms)
         for first in range(1, steps + 1, plan.steps_per_epoch):
             last = min(first + plan.steps_per_epoch - 1, steps)
             order = np.stack(list(plan.batches(first, last)))
@@ -66,53 +71,59 @@ class Pixels:
             boxes = self._boxes(draws).unflatten(0, order.shape)
             samples = torch.from_numpy(order).to(self.stored.device)
             for some, box in zip(samples, boxes, strict=True):
-                yield cut(self.stored[some], box, plan.transforms)
+                yield cut(self.stored[some], box, size, scale)
 
     def whole(self, transforms: Transforms, batch_size: int = 512) -> Iterator[Tensor]:
         """Yield all images in order, cut to the centre as for evaluation."""
+        scale = self._scale(transforms)
         for some in self.stored.split(batch_size):
             draws = center_draws(self._sizes(len(some)), transforms)
-            yield cut(some, self._boxes(draws), transforms)
+            yield cut(some, self._boxes(draws), transforms.size, scale)
 
     def _sizes(self, count: int) -> np.ndarray:
         return np.tile(np.array(self.stored.shape[2:]), (count, 1))
+
+    def _scale(self, transforms: Transforms) -> Scale:
+        mean, std = torch.tensor([transforms.mean, transforms.std])[..., None, None] * 255
+        return mean.to(self.stored.device), std.to(self.stored.device)
 
     def _boxes(self, draws: Draws) -> Tensor:
         boxes = np.concatenate([draws.top_left, draws.size, draws.flip[:, None]], axis=1)
         return torch.from_numpy(boxes).to(self.stored.device)
 
 
-def cut(stored: Tensor, boxes: Tensor, transforms: Transforms) -> Tensor:
+def cut(stored: Tensor, boxes: Tensor, size: tuple[int, int], scale: Scale) -> Tensor:
     """Crop, resize as PIL's antialiased bilinear filter does, mirror and normalise.
 
     Args:
         stored: uint8 [B, 3, H, W].
         boxes: int32 [B, 5]: top, left, height and width of the crop, and 1 for a mirrored image.
-        transforms: size of the result, mean and deviation.
+        size: height and width of the result, h and w.
+        scale: mean and deviation that images are normalised by.
 
     Returns:
         fp32 [B, 3, h, w].
     """
-    height, width = transforms.size
+    height, width = size
     top, left, rows, columns, mirrored = boxes.T
     down = _weights(top, rows, stored.shape[2], height)
     right = _weights(left, columns, stored.shape[3], width)
     right = torch.where(mirrored[:, None, None].bool(), right.flip(1), right)
     # PIL resamples rows first, and rounds to bytes after each of the two.
-    images = (stored.float() @ right[:, None].mT).round_().clamp_(0, 255)
-    images = (down[:, None] @ images).round_().clamp_(0, 255)
-    mean, std = (
-        255 * torch.tensor(v, device=stored.device) for v in (transforms.mean, transforms.std)
-    )
-    return (images - mean[:, None, None]) / std[:, None, None]
+    images = (stored.double() @ right[:, None].mT).add_(0.5).floor_()
+    images = (down[:, None] @ images).add_(0.5).floor_().float()
+    return (images - scale[0]) / scale[1]
 
 
 def _weights(first: Tensor, length: Tensor, side: int, count: int) -> Tensor:
-    """How much of each of ``side`` pixels is in each of ``count``, of crops [B]: fp32 [B, count, side]."""
-    scale = (length / count)[:, None, None]
+    """How much of each of ``side`` pixels is in each of ``count``, of crops [B]: fp64 [B, count, side].
+
+    In PIL's 22 bits, so that what lies half-way between two bytes is rounded as it does.
+    """
+    scale = (length.double() / count)[:, None, None]
     places = torch.arange(side, device=first.device)[None, None]
     begin, end = first[:, None, None], (first + length)[:, None, None]
     centre = begin + (torch.arange(count, device=first.device)[None, :, None] + 0.5) * scale
     distance = (places + 0.5 - centre).abs() / scale.clamp_min(1)
     weights = (1 - distance).clamp_min(0) * ((places >= begin) & (places < end))
-    return weights / weights.sum(2, keepdim=True)
+    return (weights / weights.sum(2, keepdim=True) * _ONE).round() / _ONE

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,7 +78,7 @@ def _places(count: int, most: int) -> Tensor:
 
 def run_arm(
     arm: Arm, seed: int, budget: Budget, data: Data, device: torch.device
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Train an arm, and classify by its features, means over the patches of the encoder's normed output.
 
     ``seed`` decides weights, order and crops of the images, masks and noise, and the linear probe's
