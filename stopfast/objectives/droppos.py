@@ -90,6 +90,10 @@ class DropPos:
             )
         if (pixel_decoder is not None) != settings.multi_task:
             raise ValueError("expected a pixel decoder with multi_task, and only then")
+        if noise.learned_pos_emb and not settings.multi_task:
+            raise ValueError(
+                "expected learned_pos_emb with multi_task: this decoder has no positions"
+            )
         self.encoder, self.decoder, self.pixel_decoder = encoder, decoder, pixel_decoder
         self.settings, self.transforms, self.update = settings, transforms, update
         self.epochs, self.steps_per_epoch, self.seed = epochs, steps_per_epoch, seed
@@ -152,7 +156,8 @@ class DropPos:
         published program's devices.
         """
         visible, asked, features, logits = self._predict(images, draws)
-        # Behind the prediction: what autocast casts first without gradients has none from then on.
+        # After the prediction: what autocast first casts without gradients has none from then on, in torch
+        # 2.10.
         weight = self._weights(images, visible, asked)
         loss = self.ops.position_cross_entropy(logits, visible, weight, draws.sigma, self.smoothing)
         if self.pixel_decoder is None:
