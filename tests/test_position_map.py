@@ -144,3 +144,32 @@ def test_confident_patches_are_ignored(norm: str, ops: Ops, device: torch.device
         logits.zero_()[0, :3].scatter_(1, index[0, :3, None], 200.0)
     assert loss(True, weight).item() == pytest.approx(math.log(196), rel=1e-6)
     assert loss(True, weight * (logits.detach()[0].amax(-1) > 0)).item() == 0.0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@BOTH
+def test_a_replayed_graph_takes_another_sigma(ops: Ops, device: torch.device):
+    """Loss and gradient of a captured call are those of sigma as it is when the graph is replayed."""
+    given = drawn(8, 49, 196, device)
+    given["logits"].requires_grad_()
+    sigma = torch.ones((), device=device)
+
+    def call() -> list[Tensor]:
+        loss = ops.position_cross_entropy(**given, sigma=sigma, smoothing=Smoothing(GRID))
+        return [loss, *torch.autograd.grad(loss, given["logits"])]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    seen = []
+    for value in (2.0, 0.5, 0.0):
+        sigma.fill_(value)
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(captured, call(), strict=True))
+        seen.append(captured[0].item())
+    assert len(set(seen)) == 3
