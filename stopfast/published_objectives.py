@@ -155,8 +155,10 @@ def require_published_form(states: States, config: Config) -> None:
     model = replace(config.model, **_FORM[layout])
     with torch.device("meta"):
         published = build_objective(replace(config, model=model, noise=NoiseConfig()), 1).modules()
+    form = ", ".join(f"{name} {value!r}" for name, value in _FORM[layout].items())
     for name, module in published.items():
-        require_fit(module.state_dict(), states[name], f"the layout {layout!r}, {name}")
+        what = f"the published layout {layout!r}, whose models have {form}; {name}"
+        require_fit(module.state_dict(), states[name], what)
 
 
 def _preset(layout: Layout, state: Mapping[str, Tensor], *, zoomed: bool) -> Config:

@@ -16,9 +16,11 @@ from stopfast.checkpoint import CheckpointError, save_checkpoint
 from stopfast.config import (
     Config,
     DataConfig,
+    DegradeConfig,
     JepaConfig,
     MaskConfig,
     ModelConfig,
+    ReconstructionConfig,
     Transforms,
     to_document,
 )
@@ -32,13 +34,12 @@ from stopfast.evaluation.evaluate import (
     print_evaluation,
     save_evaluation,
 )
-from stopfast.evaluation.features import (
-    Extraction,
-)
+from stopfast.evaluation.features import Extraction
 from stopfast.evaluation.probes import LinearSettings
 from stopfast.evaluation.propagation import PropagationSettings
 from stopfast.networks import build_encoder, build_predictor, seeded
 from stopfast.report.results import evaluation_section
+from tests.small_runs import write_checkpoint
 
 CPU = torch.device("cpu")
 CLASSES = ("blue", "green", "red")
@@ -279,9 +280,38 @@ def test_several_checkpoints_in_one_table(photographs, runs):
         named, photographs, which="encoder", probes=probes, settings=SETTINGS
     )
     assert context.which == "encoder"
+    assert context.encoders == "encoder" and found.encoders == "target encoder"
     assert list(context.figures) == ["raw pixels", "untrained", "I-JEPA", "StoP"]
     assert context.figures["untrained"] == found.figures["untrained"]
     assert context.figures["I-JEPA"] != found.figures["a"]
+
+
+def test_objectives_beside_each_other(photographs, runs, tmp_path):
+    """An encoder with a class token and no teacher, and one of one channel, beside I-JEPA's."""
+    small = config()
+    gray = DegradeConfig(kind="decolorized", gray_channels=1)
+    mae = replace(
+        small,
+        model=replace(small.model, class_token=True),
+        objective=ReconstructionConfig(mask_ratio=0.5),
+    )
+    decolorized = replace(small, objective=ReconstructionConfig(mask_ratio=0.0, degrade=gray))
+    named = {
+        "I-JEPA": runs["a"],
+        "MAE": write_checkpoint(tmp_path / "mae", mae),
+        "gray": write_checkpoint(tmp_path / "gray", decolorized),
+    }
+    found = evaluate_checkpoints(named, photographs, probes=["knn"], settings=SETTINGS)
+    assert found.untaught == ["MAE", "gray"]
+    assert found.encoders == "target encoder (encoder, where there is no teacher)"
+    console = Console(file=io.StringIO(), width=200)
+    print_evaluation(found, console)
+    printed = console.file.getvalue()
+    assert "I-JEPA: target encoder of" in printed and "MAE: encoder of" in printed
+    again = evaluate_checkpoints(
+        named, photographs, which="encoder", probes=["knn"], settings=SETTINGS
+    )
+    assert again.figures["MAE"] == found.figures["MAE"]
 
 
 def test_drawn_pictures_need_no_data(runs):

@@ -213,6 +213,7 @@ def evaluate_checkpoints(
         rates=scores.rates,
         references=references,
         over={measure: MEASURES[measure].over for measure in measures},
+        untaught=[name for name, run in runs.items() if run.target_encoder is run.encoder],
     )
 
 

@@ -1,7 +1,7 @@
 """Figures with intervals: what an evaluation returns, prints and saves."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -53,7 +53,7 @@ class Evaluation:
     """Figures of representations: raw pixels, untrained encoders, trained encoders."""
 
     which: Which
-    """Which encoder of the checkpoints."""
+    """Which encoder of the checkpoints was asked for."""
     checkpoints: dict[str, str]
     """By the name of a trained representation."""
     data: str | None
@@ -74,6 +74,20 @@ class Evaluation:
     """What no features at all give."""
     over: dict[Measure, str]
     """What the interval of each measure is over."""
+    untaught: list[str] = field(default_factory=list)
+    """Checkpoints of objectives without a teacher, which have one encoder, whatever was asked for."""
+
+    def encoder_of(self, name: str) -> str:
+        """Return which encoder of a checkpoint was looked at, in words."""
+        return "encoder" if name in self.untaught else self.which.replace("_", " ")
+
+    @property
+    def encoders(self) -> str:
+        """Which encoders were looked at, in words."""
+        asked, *others = dict.fromkeys(
+            sorted(map(self.encoder_of, self.checkpoints), key=len, reverse=True)
+        )
+        return f"{asked} ({others[0]}, where there is no teacher)" if others else asked
 
 
 def interval(scores: np.ndarray) -> Figure:
@@ -116,9 +130,8 @@ def paired_interval(first: np.ndarray, second: np.ndarray) -> tuple[float, float
 
 def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     """Print a table of the figures, one of the paired differences, and what the intervals are over."""
-    encoder = evaluation.which.replace("_", " ")
     for name, path in evaluation.checkpoints.items():
-        console.print(f"{name}: {encoder} of {path}")
+        console.print(f"{name}: {evaluation.encoder_of(name)} of {path}")
     if evaluation.data is not None and evaluation.train_images:
         console.print(
             f"{evaluation.train_images:,} training images and {evaluation.test_images:,} test images "

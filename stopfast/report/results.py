@@ -6,7 +6,6 @@ from stopfast.report.page import Section, Table
 
 def evaluation_section(evaluation: Evaluation) -> Section:
     """Return what features are worth under each probe, with intervals, and the paired differences."""
-    encoder = evaluation.which.replace("_", " ")
     images = ""
     if evaluation.train_images:
         images = (
@@ -15,8 +14,8 @@ def evaluation_section(evaluation: Evaluation) -> Section:
         )
     over = "; ".join(f"{_title(m, evaluation)}: {text}" for m, text in evaluation.over.items())
     text = (
-        f"What frozen features of the {encoder} are worth, beside those of the encoder that training "
-        f"began with and the pixels themselves.{images}"
+        f"What frozen features of the {evaluation.encoders} are worth, beside those of the encoder that "
+        f"training began with and the pixels themselves.{images}"
     )
     tables = [
         _table("features", evaluation.figures, evaluation, f"With 95 % intervals, over: {over}."),
