@@ -27,6 +27,7 @@ from benchmarks.quality.arms import (
 )
 from benchmarks.quality.pixels import Pixels
 from benchmarks.quality.summary import Figure, interval, newest_runs
+from benchmarks.report import plots
 from benchmarks.report.tables import TABLES
 from stopfast.build import build_objective
 from stopfast.config import DataConfig, Transforms
@@ -133,7 +134,8 @@ def test_intervals():
 def row(arm, seed, knn, linear=0.5, **more):
     told = {**SCALE._asdict(), "images": 20, "known": 20, "asked": 10, "precision": "fp32", **more}
     info = {"kind": "quality", "arm": arm, "seed": seed, "key": f"{arm} {seed}", "settings": told}
-    return {"extra_info": {**info, "knn": knn, "linear": linear, "train_s": 2.0, "evaluate_s": 1.0}}
+    seconds = {"train_s": 2.0, "evaluate_s": 1.0, "processor_s": 2.5 + 2 * seed}
+    return {"extra_info": {**info, **seconds, "knn": knn, "linear": linear}}
 
 
 def written(path, rows, commit="abcdef0"):
@@ -159,15 +161,33 @@ def test_table(tmp_path):
     cells = {line[1]: dict(zip(table.headings, line, strict=True)) for line in table.rows}
     assert list(cells) == [UNTRAINED, UNTRAINED_TOKEN, IJEPA, "droppos"]
     told = cells["droppos"]
-    assert (told["seeds"], told["kNN, %"], told["s a run"]) == ("3", "50.0 ± 24.8", "3")
+    assert (told["seeds"], told["kNN, %"]) == ("3", "50.0 ± 24.8")
+    assert (told["s a run"], told["of the processor"]) == ("3", "4")
     assert told["kNN less untrained"] == "+0.0 ± 24.8"  # 0.1, 0 and -0.1
     assert told["kNN less ijepa"] == "+10.0 ± 0.0"
     assert cells[IJEPA]["kNN less untrained"] == "+5.0" and cells[IJEPA]["kNN less ijepa"] == ""
     assert cells[UNTRAINED]["kNN less untrained"] == ""
     assert "600 steps of 32 images" in table.notes[0] and "abcdef0" in table.notes[0]
-    noise = TABLES["noise"](tmp_path)
-    assert [line[1] for line in noise.rows] == [UNTRAINED, IJEPA]
-    assert TABLES["rates"](tmp_path / "none").rows == []
+    assert TABLES["noise"](tmp_path).rows == [] == TABLES["rates"](tmp_path).rows
+
+
+def test_table_and_plot_of_noise(tmp_path):
+    """Where levels were taken; a newer file of them leaves the table of objectives as it was."""
+    pytest.importorskip("matplotlib")
+    written(tmp_path / "cpu" / "2026-01-01-abcdef0-quality.json", ROWS)
+    before = TABLES["quality"](tmp_path).rows
+    levels = [row("stop", 0, 0.5), row("stop without noise", 0, 0.4), row(IJEPA, 0, 0.3)]
+    written(tmp_path / "cpu" / "2026-01-01-bbbbbbb-quality.json", levels, "bbbbbbb")
+    table = TABLES["noise"](tmp_path)
+    assert [line[1] for line in table.rows] == [IJEPA, "stop without noise", "stop"]
+    assert table.rows[2][table.headings.index("kNN less stop without noise")] == "+10.0"
+    assert TABLES["quality"](tmp_path).rows == before
+    shown = plots.numbers(tmp_path)
+    assert shown["cpu-noise"]["kNN"]["stop"] == [0.5, 0.5, 0.5]
+    assert shown["cpu-quality"]["kNN"]["droppos"] == pytest.approx([0.2516, 0.5, 0.7484], abs=1e-4)
+    drawn = plots.write_plots(tmp_path)
+    assert [path.name for path in drawn] == ["cpu-noise.svg", "cpu-quality.svg"]
+    assert b"droppos" in drawn[1].read_bytes() and plots.stale(tmp_path) == []
 
 
 def test_budgets_are_never_mixed(tmp_path):
@@ -175,14 +195,15 @@ def test_budgets_are_never_mixed(tmp_path):
     old = written(tmp_path / "cpu" / "2026-01-01-aaaaaaa-quality.json", ROWS)
     for one in old.document["benchmarks"]:
         one["extra_info"]["taken"] = "1999-01-01T00:00:00"
+    old.document["datetime"] = "2999-01-01T00:00:00"  # begun last
     old.write()
     path = tmp_path / "cpu" / "2026-01-02-bbbbbbb-quality.json"
     results = written(path, [row(IJEPA, 0, 0.9, steps=10)])
-    (runs,) = newest_runs(tmp_path)
+    (runs,) = newest_runs(tmp_path, {IJEPA})
     assert runs.figure(IJEPA, "knn") == Figure(0.9, None) and list(runs.rows) == [IJEPA]
     results.add(row(IJEPA, 1, 0.9, steps=20))
     with pytest.raises(ValueError, match="one budget"):
-        newest_runs(tmp_path)
+        newest_runs(tmp_path, {IJEPA})
 
 
 SMALL = ("--steps", "10", "--batch", "8", "--images", "200", "--known", "100", "--asked", "50")

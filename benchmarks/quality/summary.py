@@ -1,13 +1,13 @@
 """Runs of many seeds as figures: means, intervals over seeds, differences paired by seed."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from benchmarks.engine.results import FOLDER, Results, Row, all_results
+from benchmarks.engine.results import Results, Row, all_results
 from benchmarks.quality.arms import ARMS, UNTRAINED, UNTRAINED_TOKEN, Scale, settings
 
 Measure = Literal["knn", "linear"]
@@ -61,15 +61,21 @@ def interval(scores: Iterable[float]) -> Figure | None:
     return Figure(float(found.mean()), half)
 
 
-def newest_runs(folder: Path = FOLDER) -> list[Runs]:
-    """Return each device's file with the newest run; files of different budgets are never mixed."""
+def newest_runs(folder: Path, arms: Collection[str]) -> list[Runs]:
+    """Return each device's file with the newest run of these arms, with all other arms that it has.
+
+    Files are never mixed: their budgets may differ.
+
+    Raises:
+        ValueError: such a file with runs of several budgets.
+    """
     found: dict[str, tuple[str, Runs]] = {}
     for results in all_results(folder):
         rows = results.rows(kind="quality")
-        if not rows:
+        times = [r["extra_info"]["taken"] for r in rows if r["extra_info"]["arm"] in arms]
+        if not times:
             continue
-        device = results.path.parent.name
-        taken = max(row["extra_info"]["taken"] for row in rows)
+        device, taken = results.path.parent.name, max(times)
         if device not in found or found[device][0] <= taken:
             found[device] = (taken, _runs(results, rows))
     return [runs for _, runs in found.values()]

@@ -1,7 +1,9 @@
 """Tables of the accuracies of features: a row an arm, with intervals over seeds."""
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from benchmarks.engine.results import FOLDER
 from benchmarks.quality.arms import (
@@ -27,17 +29,28 @@ _STUDIES: dict[str, tuple[tuple[Study, ...], str]] = {
 
 def accuracies(table: str, folder: Path = FOLDER) -> Table:
     """Return a table of studies' arms, of each device's newest runs."""
-    studies, reference = _STUDIES[table]
-    names = {arm.name for study in studies for arm in STUDIES[study]}
+    reference = _STUDIES[table][1]
     headings = ["device", "trained by", "seeds", *(f"{name}, %" for name in _MEASURES.values())]
     for less in ("untrained", reference):
         headings += [f"{name} less {less}" for name in _MEASURES.values()]
     rows, notes = [], list[str]()
-    for runs in newest_runs(folder):
-        here = [name for name in runs.rows if name in names]
-        rows += [_row(runs, name, reference) for name in here]
-        notes += [_budget(runs)] if here else []
-    return Table(f"accuracies, {table}", [*headings, "s a run"], rows, notes)
+    for runs, names in _found(table, folder):
+        rows += [_row(runs, name, reference) for name in names]
+        notes.append(_budget(runs))
+    return Table(f"accuracies, {table}", [*headings, "s a run", "of the processor"], rows, notes)
+
+
+def _found(table: str, folder: Path) -> Iterator[tuple[Runs, list[str]]]:
+    """Each device's newest runs with arms of this table's own, and its arms among them, in order."""
+    names = _names(table)
+    own = set(names).difference(_names("noise" if table == "quality" else "quality"))
+    for runs in newest_runs(folder, own):
+        yield runs, [name for name in names if name in runs.rows]
+
+
+def _names(table: str) -> list[str]:
+    arms = (arm.name for study in _STUDIES[table][0] for arm in STUDIES[study])
+    return list(dict.fromkeys(arms))
 
 
 def _row(runs: Runs, arm: str, reference: str) -> list[str]:
@@ -48,8 +61,11 @@ def _row(runs: Runs, arm: str, reference: str) -> list[str]:
             "" if bare else shown(runs.difference(arm, less, measure), signed=True)
             for measure in _MEASURES
         ]
-    seconds = [info["train_s"] + info["evaluate_s"] for info in runs.rows[arm].values()]
-    return [runs.device, arm, str(len(seconds)), *cells, f"{sum(seconds) / len(seconds):.0f}"]
+    infos = list(runs.rows[arm].values())
+    seconds = [info["train_s"] + info["evaluate_s"] for info in infos]
+    for found in (seconds, [info["processor_s"] for info in infos]):
+        cells.append(f"{sum(found) / len(found):.0f}")
+    return [runs.device, arm, str(len(infos)), *cells]
 
 
 def shown(figure: Figure | None, signed: bool = False) -> str:
@@ -73,3 +89,31 @@ def _budget(runs: Runs) -> str:
 
 ACCURACIES = {name: partial(accuracies, name) for name in _STUDIES}
 """Tables by the name that their markers have."""
+
+
+def panels(folder: Path = FOLDER) -> dict[str, dict[str, dict[str, list[float]]]]:
+    """Return what is plotted: low end, mean and high end by arm, by measure, by the plot's name."""
+    found: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for table in ("quality", "noise"):
+        for runs, names in _found(table, folder):
+            found[f"{runs.device}-{table}"] = {
+                title: {name: _ends(runs.figure(name, measure)) for name in names}
+                for measure, title in _MEASURES.items()
+            }
+    return found
+
+
+def draw_points(axes: Any, panel: dict[str, list[float]]) -> None:  # noqa: ANN401
+    """Draw means with their intervals over seeds, an arm a row."""
+    for place, (low, mean, high) in enumerate(panel.values()):
+        errors = [[100 * (mean - low)], [100 * (high - mean)]]
+        axes.errorbar(100 * mean, place, xerr=errors, fmt="o", color="#0b6e4f", capsize=3)
+    axes.set_yticks(range(len(panel)), list(panel), fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("accuracy, %, with its 95 % interval over seeds")
+
+
+def _ends(figure: Figure | None) -> list[float]:
+    assert figure is not None  # of an arm that has runs
+    half = figure.half or 0.0
+    return [figure.mean - half, figure.mean, figure.mean + half]

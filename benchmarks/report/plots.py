@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.engine.results import FOLDER
+from benchmarks.report.accuracies import draw_points, panels
 from benchmarks.report.measured import Measured, groups, is_ours, newest
 
 Numbers = dict[str, Any]
@@ -22,7 +23,7 @@ def numbers(folder: Path = FOLDER) -> dict[str, Numbers]:
             panel = collect(group)
             if panel:
                 found.setdefault(f"{group[0].device}-{kind}", {})[group[0].group] = panel
-    return found
+    return {**found, **panels(folder)}
 
 
 def digest(shown: Numbers) -> str:
@@ -41,7 +42,7 @@ def stale(folder: Path = FOLDER) -> list[Path]:
 
 def write_plots(folder: Path = FOLDER) -> list[Path]:
     """Draw the stale plots anew and remove those without results; needs matplotlib."""
-    shown = {_path(name, folder): panels for name, panels in numbers(folder).items()}
+    shown = {_path(name, folder): found for name, found in numbers(folder).items()}
     changed = stale(folder)
     for path in changed:
         if path in shown:
@@ -83,23 +84,23 @@ def _losses(group: list[Measured]) -> Numbers:
     return {one.arm: one.info["losses"] for one in group if one.info.get("losses")}
 
 
-def _draw(panels: Numbers, path: Path) -> None:
+def _draw(shown: Numbers, path: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     kind = path.stem.rpartition("-")[2]
-    draw: Callable[[Any, Numbers], None] = _draw_bars if kind == "step" else _draw_lines
-    rows = max(len(panel) for panel in panels.values()) if kind == "step" else 8
+    draw: Callable[[Any, Numbers], None] = _DRAWN.get(kind, _draw_lines)
+    rows = max(len(panel) for panel in shown.values()) if kind in _DRAWN else 8
     # Ids are by default drawn at random, and a date would change with every drawing.
     with rc_context({"svg.hashsalt": "stopfast", "svg.fonttype": "none"}):
-        figure = Figure(figsize=(9, (0.6 + 0.28 * rows) * len(panels)), layout="constrained")
+        figure = Figure(figsize=(9, (0.6 + 0.28 * rows) * len(shown)), layout="constrained")
         for axes, (title, panel) in zip(
-            figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True
+            figure.subplots(len(shown), squeeze=False)[:, 0], shown.items(), strict=True
         ):
             axes.set_title(title, fontsize=10)
             draw(axes, panel)
         path.parent.mkdir(parents=True, exist_ok=True)
-        described = f"numbers sha256:{digest(panels)}"
+        described = f"numbers sha256:{digest(shown)}"
         figure.savefig(path, format="svg", metadata={"Date": None, "Description": described})
 
 
@@ -125,3 +126,11 @@ def _draw_lines(axes: Any, panel: Numbers) -> None:  # noqa: ANN401
     axes.set_yscale("log" if spans > 20 else "linear")
     axes.set_xlabel("step")
     axes.legend(fontsize=8)
+
+
+_DRAWN: dict[str, Callable[[Any, Numbers], None]] = {
+    "step": _draw_bars,
+    "quality": draw_points,
+    "noise": draw_points,
+}
+"""What draws a row for each arm, by kind; all else is drawn as lines."""
