@@ -245,6 +245,7 @@ SOUND = {
     "kernels/case_arguments.py": "from stopfast.kernels.arguments import y",
     "kernels/reference.py": "import math\nimport torch.nn.functional as F\n"
     "from stopfast.kernels.noise import words",
+    "kernels/reference_losses.py": "import torch\nfrom stopfast.kernels.arguments import y",
     "stopfast/__init__.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n"
     "    from stopfast.encoder import X\ndef f():\n    import stopfast.encoder",
     "stopfast/cli.py": "def main():\n    from stopfast import commands\n    commands.run()",
@@ -269,6 +270,8 @@ PLANTED = [
     ("kernel imports", "kernels/deep/fused.py", "from ..reference import attention"),
     ("kernel imports", "kernels/fused.py", "from stopfast.kernels.noise import words"),
     ("kernel imports", "kernels/cases.py", "from stopfast.kernels import reference"),
+    ("kernel imports", "kernels/case_arguments.py", "from stopfast.kernels import reference"),
+    ("kernel imports", "kernels/reference_losses.py", "import triton"),
     ("kernel imports", "kernels/arguments.py", "import triton"),
     ("kernel imports", "kernels/noise.py", "from stopfast.kernels import _launch"),
     ("kernel imports", "kernels/reference.py", "import triton"),
