@@ -36,6 +36,13 @@ def build(skip_unused: bool = True, masks: dict | None = None, **settings: Any) 
     noise = settings.pop("noise", {"apply_stop": True})
     shape = dict(embed_dim=32, depth=2, num_heads=2, norm_layer=norm_1e6, skip_unused=skip_unused)
     checkpointing = settings.pop("checkpointing", False)
+    update: dict[str, Any] = {
+        "lr": lambda step: 1e-3,
+        "weight_decay": lambda step: 0.04,
+        "momentum": lambda step: 0.9,
+    }
+    for name in {"lr", "momentum", "clip", "clip_norm"} & settings.keys():
+        update[name] = settings.pop(name)
     return Jepa(
         VisionTransformer(img_size=[48], patch_size=8, checkpointing=checkpointing, **shape),
         Predictor(
@@ -43,12 +50,7 @@ def build(skip_unused: bool = True, masks: dict | None = None, **settings: Any) 
         ),
         MultiBlockMasks(grid=(6, 6), **{"min_keep": 3, **(masks or {})}),
         transforms=Transforms(),
-        update=UpdateRule(
-            lr=lambda step: 1e-3,
-            weight_decay=lambda step: 0.04,
-            momentum=settings.pop("momentum", lambda step: 0.9),
-            clip=settings.pop("clip", "none"),
-        ),
+        update=UpdateRule(**update),
         **{"skip_unused": skip_unused, **settings},
     )
 
