@@ -76,14 +76,17 @@ LAYOUTS: Mapping[Layout, Names] = {
                 "predictor_proj.": "decoder.head.",
             },
         },
-        mark="encoder_to_decoder.weight",
+        mark="encoder.blocks.0.attn.q_bias",
         unread=frozenset({"encoder.cls_token"}),  # of zoomed-in alone
     ),
 }
 
 
 def told_layout(state: Mapping[str, Any]) -> Layout | None:
-    """Return the layout of a whole state dictionary; None for an encoder alone and for other models."""
+    """Return the layout of a state dictionary; None for other models.
+
+    An encoder alone has a layout of its own in Beyond Masking only, whose names differ from others'.
+    """
     return next((layout for layout, names in LAYOUTS.items() if names.mark in state), None)
 
 
@@ -123,13 +126,10 @@ def to_published(layout: Layout, states: States) -> dict[str, Tensor]:
 def from_published(layout: Layout, state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Undo :func:`to_published`, without the tables that are computed; unknown weights are left out."""
     found: dict[str, dict[str, Tensor]] = {}
-    for module, names in LAYOUTS[layout].theirs.items():
-        for ours, theirs in names.items():
-            if theirs is None:
-                continue
-            for key, value in state.items():
-                if key.startswith(theirs):
-                    found.setdefault(module, {})[ours + key.removeprefix(theirs)] = value
+    for name, value in state.items():
+        own = _own_name(layout, name)
+        if own is not None:
+            found.setdefault(own[0], {})[own[1]] = value
     return found
 
 
@@ -138,17 +138,33 @@ def encoder_from_published(
 ) -> dict[str, Tensor]:
     """Return the encoder's weights by our names, its table of positions included.
 
+    Weights that the layout does not have keep their names, for who builds the encoder to refuse.
+
     Args:
         layout: of the state.
         state: weights of all modules.
         grid: (rows, columns) of patches; see :func:`default_grid`.
     """
     encoder = from_published(layout, state).get("encoder", {})
+    encoder |= {
+        name: value
+        for name, value in state.items()
+        if _own_name(layout, name) is None and name not in LAYOUTS[layout].unread
+    }
     kernel = encoder.get("patch_embed.proj.weight")
     if LAYOUTS[layout].theirs["encoder"]["pos_embed"] is None and kernel is not None:
         rows, columns = grid or default_grid(kernel.shape[-1])
         encoder["pos_embed"] = computed_positions(kernel.new_empty(1, rows * columns, len(kernel)))
     return encoder
+
+
+def _own_name(layout: Layout, name: str) -> tuple[str, str] | None:
+    """Module and key that a name of theirs stands for, None for one that the layout does not have."""
+    for module, names in LAYOUTS[layout].theirs.items():
+        for ours, theirs in names.items():
+            if theirs is not None and name.startswith(theirs):
+                return module, ours + name.removeprefix(theirs)
+    return None
 
 
 def default_grid(patch_size: int) -> Grid:

@@ -99,7 +99,8 @@ def load_published_objective(
     content = read_pickled(path)
     content = content if isinstance(content, Mapping) else {}
     model = content.get("model", content)
-    state = strip_prefixes(model) if isinstance(model, Mapping) else {}
+    named = isinstance(model, Mapping) and all(isinstance(key, str) for key in model)
+    state = strip_prefixes(model) if named else {}
     layout = told_layout(state)
     if layout is None:
         raise CheckpointError(

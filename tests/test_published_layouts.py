@@ -162,6 +162,7 @@ def test_exported_runs_have_the_published_names_and_load_again(preset, tmp_path)
         ("droppos", {"decoder_embed.weight": None}, {}, "missing: decoder_embed.weight"),
         ("droppos", {"fc_norm.weight": torch.ones(48)}, {}, "unknown: fc_norm.weight"),
         ("droppos", {"norm.bias": torch.ones(3)}, {}, r"norm.bias \(3,\) instead of \(48,\)"),
+        ("droppos", {"mask_pos_token": None}, {}, "import_encoder reads encoders"),
         ("droppos", {"args": 3}, {}, r"got other entries \['args'\]"),
         ("droppos", {}, {"decoder_num_heads": None}, "decoder of width 32"),
         ("droppos", {}, {"num_heads": None}, "num_heads for a width of 48"),
@@ -174,9 +175,9 @@ def test_exported_runs_have_the_published_names_and_load_again(preset, tmp_path)
         ),
         (
             "beyond_zoomed-out_mask0.75",
-            {"encoder.blocks.0.attn.q_bias": None},
+            {"encoder.blocks.0.attn.v_bias": None},
             {},
-            "missing: encoder.blocks.0.attn.q_bias",
+            r"missing: encoder\.blocks\.0\.attn\.v_bias",
         ),
         ("beyond_zoomed-out_mask0.75", {}, {"config": None}, "do not tell which"),
         (
@@ -193,6 +194,20 @@ def test_files_that_do_not_fit(name, change, told, message, tmp_path):
     torch.save(changed, tmp_path / "a.pth")
     with pytest.raises(ValueError, match=message):
         load_published_objective(tmp_path / "a.pth", **{**given, **told})
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_encoders_alone_and_beside_what_nobody_knows(name):
+    state, given, *_ = golden_case(name)
+    heads = given["num_heads"]
+    decoders = ("decoder", "aux_decoder", "mask_", "encoder_to_decoder")
+    alone = {key: value for key, value in state.items() if not key.startswith(decoders)}
+    assert_equal(
+        import_encoder(alone, num_heads=heads).state_dict(),
+        import_encoder(state, num_heads=heads).state_dict(),
+    )
+    with pytest.raises(CheckpointError, match="unknown: registers"):
+        import_encoder({**state, "registers": torch.ones(3)}, num_heads=heads)
 
 
 @pytest.mark.parametrize(
