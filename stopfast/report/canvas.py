@@ -92,6 +92,25 @@ def legend(ax: "Axes") -> None:
         ax.legend(fontsize=_TEXT - 0.5, frameon=False, labelcolor=INK)
 
 
+def legend_above(figure: "Figure", names: Sequence[str]) -> None:
+    """Name the lines of all diagrams of a figure above them, each name once and in this order."""
+    named = {}
+    for ax in figure.axes:
+        for handle, name in zip(*ax.get_legend_handles_labels(), strict=True):
+            named.setdefault(name, handle)
+    shown = [name for name in names if name in named]
+    columns = max(1, min(len(shown), 100 // max(map(len, shown), default=100)))
+    figure.legend(
+        [named[name] for name in shown],
+        shown,
+        loc="outside upper center",
+        ncols=columns,
+        fontsize=_TEXT - 0.5,
+        frameon=False,
+        labelcolor=INK,
+    )
+
+
 def show(
     ax: "Axes",
     values: np.ndarray,

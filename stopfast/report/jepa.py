@@ -55,8 +55,10 @@ def mask_section(group: Group) -> Section:
         if any(_degradation(run) for run in group.runs.values()):
             caption += (
                 " A degraded context is what that encoder sees, while the target encoder sees the image "
-                f"as it is. {STRETCHED}"
+                "as it is."
             )
+        if any(run.config.jepa.degrade.kind == "blurred" for run in group.runs.values()):
+            caption += f" {STRETCHED}"
         figure = pictures.draw_masks(pixels, drawn, masks.grid, contexts)
         parts.append(picture(figure, "example masks", caption))
     kinds = {

@@ -15,6 +15,7 @@ from stopfast.report.canvas import (
     figure,
     label,
     legend,
+    legend_above,
     show,
     side_label,
     strip,
@@ -64,7 +65,7 @@ def draw_curves(
             ax.set_yscale("log")
     for ax in axes.flat[len(panels) :]:
         ax.set_axis_off()
-    legend(max(axes.flat, key=lambda ax: len(ax.lines)))
+    legend_above(made, runs)
     return made
 
 
