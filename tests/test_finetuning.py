@@ -26,8 +26,8 @@ from tests.small_classifier import (
 )
 
 pytest.importorskip("timm", reason="timm is not installed")
-from timm.data import Mixup  # noqa: E402
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy  # noqa: E402
+from timm.data import Mixup
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
 
 @pytest.fixture(scope="module")
