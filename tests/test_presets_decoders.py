@@ -276,6 +276,20 @@ def _parameters(objective: Any) -> Iterator[nn.Parameter]:
         yield from (p for p in module.parameters() if p.requires_grad and name != "target_encoder")
 
 
+@pytest.mark.parametrize("name", [name for name in FACTS if "l16" not in name])
+def test_small_forms_learn_what_the_published_do(name: str):
+    """Quirks aside, and but for a margin in fewer pixels."""
+    twin = PRESETS.get(f"{name}-corrected", PRESETS[name])().objective
+    small = PRESETS[f"{name.removesuffix('-vit-b16')}-cifar10"]().objective
+    if isinstance(small, ReconstructionConfig) and isinstance(twin, ReconstructionConfig):
+        assert "zoomed" not in name or small.degrade.margin == 4
+        mended = {"margin": 4, "mix_channels": False, "gray_channels": 3}
+        small, twin = (
+            replace(each, degrade=replace(each.degrade, **mended)) for each in (small, twin)
+        )
+    assert small == twin
+
+
 def test_noise_leaves_the_mask_token_alone():
     """StoP's noise takes its place, in the presets too."""
     for name in ("stop-mae-vit-b16", "stop-mae-cifar10"):

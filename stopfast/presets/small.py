@@ -87,7 +87,8 @@ def _objectives() -> dict[str, _Learned]:
         degrade = DegradeConfig(kind=kind, margin=_MARGIN, mix_channels=False, gray_channels=3)
         found |= {
             f"beyond-{kind}": _Learned(
-                f"Beyond Masking, {kind},", ReconstructionConfig(mask_ratio=0.0, degrade=degrade)
+                f"Beyond Masking, {kind},",
+                ReconstructionConfig(mask_ratio=0.0, target_norm="channel", degrade=degrade),
             ),
             f"stop-{kind}": _Learned(
                 f"StoP with a {kind} context", JepaConfig(mask=mask, degrade=degrade), True
@@ -95,7 +96,8 @@ def _objectives() -> dict[str, _Learned]:
         }
     zoomed = DegradeConfig(kind="zoomed-in", margin=_MARGIN)
     found["beyond-zoomed-in-mask"] = _Learned(
-        "Beyond Masking, zoomed-in and masked,", ReconstructionConfig(degrade=zoomed)
+        "Beyond Masking, zoomed-in and masked,",
+        ReconstructionConfig(target_norm="channel", degrade=zoomed),
     )
     return found
 
