@@ -126,7 +126,7 @@ def _accuracies(options: GpuOptions) -> Iterator[Task]:
     """Of objectives, of StoP's noise, of combinations, ten minutes each; a rehearsal's are of digits."""
     if options.device == "cpu":
         sizes = ("--steps", "10", "--batch", "8", "--known", "100", "--asked", "50", "--seeds", "1")
-        yield Task("quality", ("quality", "--arm", "untrained", "ijepa", *sizes), 30)
+        yield Task("quality", ("quality", "--arm", "untrained", "mae", *sizes), 30)
     elif options.small is not None:
         for study in ("objectives", "noise", "combinations"):
             told = ("--data", str(options.small), "--study", study)
