@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 from torch import nn
 
 from stopfast.build import build_objective
-from stopfast.checkpoint import load_checkpoint, load_modules, newest_checkpoint
+from stopfast.checkpoint import CheckpointError, load_checkpoint, load_modules, newest_checkpoint
 from stopfast.config import Config, from_document
 from stopfast.encoder import VisionTransformer
 from stopfast.networks import build_encoder, seeded
@@ -79,6 +79,10 @@ def load_trained(path: Path) -> TrainedRun:
     """
     checkpoint = newest_checkpoint(path)
     tensors, documents = load_checkpoint(checkpoint)
+    if "config" not in documents:
+        raise CheckpointError(
+            f"{checkpoint}: expected a checkpoint of pre-training, got one with {sorted(documents)}"
+        )
     config = from_document(Config, documents["config"])
     images = documents.get("data", {}).get("images", 0)
     objective = build_objective(config, max(1, images // config.data.batch_size))
