@@ -99,11 +99,12 @@ class ExportArguments:
     checkpoint: Annotated[Path, tyro.conf.Positional]
     """Checkpoint folder, or a run's folder: then its newest checkpoint."""
     format: Format
-    """``pth`` is the published programs' ``.pth.tar``, with both encoders and the predictor."""
+    """``pth`` is the file of the published program of the run's objective, with all its networks."""
     output: Path
     """New file (safetensors, pth) or folder (timm, hf)."""
     which: Which = "target_encoder"
-    """Which of the two encoders; the published results are the target encoder's."""
+    """Which of the two encoders; the published results are the target encoder's. Objectives without a teacher
+    have one encoder."""
 
 
 @dataclass(frozen=True, kw_only=True)
