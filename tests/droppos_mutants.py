@@ -112,6 +112,7 @@ MUTANTS = (
     Mutant(
         34, "0 in the last epoch", DROPPOS, "epoch / self.epochs)", "epoch / (self.epochs - 1))"
     ),
+    Mutant(34, "wider again after the run", DROPPOS, "max(0.0, 1 - epoch", "abs(1 - epoch"),
     Mutant(34, "an epoch ahead", DROPPOS, "(step - 1) // self", "step // self"),
     Mutant(34, "step by step", DROPPOS, "(step - 1) // self", "(step - 1) / self"),
     Mutant(34, "division by zero", LOSSES, ".clamp_min(SMALLEST_SPREAD)", ""),

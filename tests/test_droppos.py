@@ -150,6 +150,7 @@ def test_sigma():
     ]
     assert epochs == [pytest.approx([2 * (1 - e / 800)] * 2) for e in (0, 1, 400, 799)]
     assert epochs[-1][1] > 0
+    assert objective.sigma(2**31 - 1) == 0  # monitors look with draws of no step of the run
     assert build(sigma=2.0, sigma_decay=False).sigma(7990) == 2.0
 
 

@@ -141,11 +141,17 @@ class DropPos:
         return DropPosDraws(order, position_order, sigma, seed, ids, wrong)
 
     def sigma(self, step: int) -> float:
-        """Width of the smoothing in a step's epoch; in the last one it is not 0 yet."""
+        """Width of the smoothing in a step's epoch; not yet 0 in the last one, 0 after the run."""
         if not self.settings.sigma_decay:
             return self.settings.sigma
         epoch = (step - 1) // self.steps_per_epoch
-        return self.settings.sigma * (1 - epoch / self.epochs)
+        return self.settings.sigma * max(0.0, 1 - epoch / self.epochs)
+
+    def asked(self, draws: DropPosDraws) -> tuple[Tensor, Tensor]:
+        """The visible patches, int64 [B, V], and which of them are asked for their positions, bool [B, V]."""
+        visible = draws.order[:, : self.visible]
+        asked = torch.ones_like(visible, dtype=torch.bool)
+        return visible, asked.scatter(1, draws.position_order[:, : self.told], False)
 
     def loss(self, images: Tensor, draws: DropPosDraws) -> Tensor:
         """Weighted cross-entropy of positions; with ``multi_task`` beside the squared error of pixels.
@@ -227,9 +233,7 @@ class DropPos:
         self, images: Tensor, draws: DropPosDraws
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Visible patches [B, V], which of them are asked for, all features, and the logits [B, V, L]."""
-        visible = draws.order[:, : self.visible]
-        asked = torch.ones_like(visible, dtype=torch.bool)
-        asked = asked.scatter(1, draws.position_order[:, : self.told], False)
+        visible, asked = self.asked(draws)
         features = self.encoder.tokens(images, visible, self._positions(visible, asked, draws))
         logits = self.decoder(features, self._noise(asked, draws))
         return visible, asked, features, logits
