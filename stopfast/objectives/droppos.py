@@ -148,7 +148,7 @@ class DropPos:
         return self.settings.sigma * max(0.0, 1 - epoch / self.epochs)
 
     def asked(self, draws: DropPosDraws) -> tuple[Tensor, Tensor]:
-        """The visible patches, int64 [B, V], and which of them are asked for their positions, bool [B, V]."""
+        """The visible patches, int64 [B, V], and which are asked for their positions, bool [B, V]."""
         visible = draws.order[:, : self.visible]
         asked = torch.ones_like(visible, dtype=torch.bool)
         return visible, asked.scatter(1, draws.position_order[:, : self.told], False)
