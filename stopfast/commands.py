@@ -80,7 +80,7 @@ class EvaluateArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportArguments:
-    """Write one HTML file about runs: settings, curves, masks, noise, features, retrieval."""
+    """Write one HTML file about runs of any objectives: settings, curves, what is seen and predicted, features."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Folders of runs."""
@@ -103,8 +103,8 @@ class ExportArguments:
     output: Path
     """New file (safetensors, pth) or folder (timm, hf)."""
     which: Which = "target_encoder"
-    """Which of the two encoders; the published results are the target encoder's. Objectives without a teacher
-    have one encoder."""
+    """Which of the two encoders; the published results are the target encoder's. Objectives without a
+    teacher have one encoder."""
 
 
 @dataclass(frozen=True, kw_only=True)
