@@ -80,7 +80,7 @@ class EvaluateArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportArguments:
-    """Write one HTML file about runs of any objectives: settings, curves, what is seen and predicted, features."""
+    """Write one HTML file about runs of any objectives: curves, what is seen and predicted, features."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Folders of runs."""
