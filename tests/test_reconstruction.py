@@ -101,7 +101,7 @@ WAYS: dict[str, dict[str, Any]] = {
         "noise": {"apply_stop": True, "apply_to": "both"},
     },
     "a decoder without blocks": {"mask_ratio": 0.75, "depths": (1, 0)},
-    "a decoder of one block": {"kind": "zoomed-out", "mask_ratio": 0.5, "depths": (1, 1)},
+    "a decoder of one block": {"mask_ratio": 0.5, "depths": (1, 1)},
 }
 
 
