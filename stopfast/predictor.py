@@ -1,4 +1,4 @@
-"""The predictor of I-JEPA and StoP: from context features to the features at queried positions."""
+"""From features of a context to queried positions: I-JEPA's and StoP's predictor, MAE's decoder."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
