@@ -129,7 +129,7 @@ def _run(
         images.shape[3] // side,
         *prediction.stride()[:2],
         *images.stride(),
-        *[*eps, *[0.0] * (_MOST_CHANNELS - len(eps))],
+        *[*eps, *[1.0] * (_MOST_CHANNELS - len(eps))],
         writes=(result,),
         **cut,
         SIDE=side,

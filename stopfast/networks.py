@@ -118,10 +118,12 @@ def build_position_decoder(config: Config) -> PositionDecoder:
         depth=model.predictor_depth,
         num_heads=model.predictor_num_heads or model.num_heads,
         mlp_ratio=model.predictor_mlp_ratio,
+        qkv_bias=True if model.qkv_bias == "qkv" else "qv",
         norm_layer=published_norm,
         class_token=model.class_token,
         learned_token=config.objective.position_token == "param",
         init=model.init,
+        init_rescale=model.init_rescale,
         checkpointing=config.step.checkpointing,
         ops=step_ops(config),
     )

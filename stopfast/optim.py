@@ -193,8 +193,12 @@ def clip_gradients(recipe: OptimizerRecipe) -> None:
     if recipe.clip == "global":
         nn.utils.clip_grad_norm_(recipe.clipped, recipe.clip_norm)
     elif recipe.clip == "per_tensor":
-        for parameter in recipe.clipped:
-            nn.utils.clip_grad_norm_([parameter], recipe.clip_norm)
+        # As clip_grad_norm_ does with each, in an eighth of the launches.
+        gradients = [p.grad for p in recipe.clipped if p.grad is not None]
+        if gradients:
+            norms = torch.stack(torch._foreach_norm(gradients))
+            scales = (recipe.clip_norm / (norms + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(gradients, list(scales.unbind()))
 
 
 def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:

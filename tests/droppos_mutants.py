@@ -222,8 +222,8 @@ MUTANTS = (
         40,
         "all tensors clipped together",
         OPTIM,
-        "nn.utils.clip_grad_norm_([parameter], recipe.clip_norm)",
-        "nn.utils.clip_grad_norm_(recipe.clipped, recipe.clip_norm)",
+        "list(scales.unbind())",
+        "[scales.min()] * len(gradients)",
     ),
     Mutant(
         40,

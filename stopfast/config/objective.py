@@ -93,7 +93,8 @@ class DropPosConfig:
     position_token: Literal["param", "zeros", "wrong"] = "param"
     """What stands in for a dropped position: a learned token, nothing, or another dropped position."""
     shuffle: bool = False
-    """Permute the visible patches before the encoder, and the logits back: a transformer sees no order."""
+    """Permute the visible patches, with all that is theirs, before the encoder, which sees
+    no order."""
     sigma: float = 1.0
     """Width of the smoothing of the target positions, in patches; 0 for none."""
     sigma_decay: bool = True

@@ -58,8 +58,8 @@ def check_stored(data: bytes) -> None:
 def cut(image: Image.Image, draws: Draws, index: int, transforms: Transforms) -> np.ndarray:
     """Return a training image: cropped, resized, mirrored, grayed and blurred as drawn.
 
-    The resize is PIL's antialiased one, of the crop alone, as torchvision's ``RandomResizedCrop`` does it; the grayscale is ITU-R 601; the radius of PIL's Gaussian blur is its
-    standard deviation.
+    The resize is PIL's antialiased one, of the crop alone, as torchvision's ``RandomResizedCrop`` does it;
+    the grayscale is ITU-R 601; the radius of PIL's Gaussian blur is its standard deviation.
 
     Args:
         image: from :func:`open_stored`.
