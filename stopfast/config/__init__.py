@@ -20,5 +20,6 @@ from stopfast.config.training import OptimConfig, StepConfig
 __all__ = [
     "Config", "DataConfig", "Degradation", "DegradeConfig", "DropPosConfig", "JepaConfig",
     "MaskConfig", "ModelConfig", "MonitorConfig", "NoiseConfig", "ObjectiveConfig", "OptimConfig",
-    "Range", "ReconstructionConfig", "RunConfig", "StepConfig", "Transforms", "from_document", "to_document",
+    "Range", "ReconstructionConfig", "RunConfig", "StepConfig", "Transforms", "from_document",
+    "to_document",
 ]  # fmt: skip
