@@ -86,6 +86,7 @@ def test_only_what_is_learned_differs(name):
     token = config.model.class_token
     assert config.model == replace(other.model, class_token=token)
     assert (config.data, config.run, config.step) == (other.data, other.run, other.step)
+    assert (config.data.batch_size, config.run.seed) == (32, 3)
     beginning = UNTRAINED_TOKEN if token else UNTRAINED
     first = build_objective(config, 60).modules()["encoder"].state_dict()
     untrained = build_objective(settings(ARMS[beginning], SCALE, 3), 60).modules()["encoder"]
@@ -191,19 +192,28 @@ def test_table_and_plot_of_noise(tmp_path):
 
 
 def test_budgets_are_never_mixed(tmp_path):
-    """The newest file of a device counts alone, and a file of two budgets not at all."""
-    old = written(tmp_path / "cpu" / "2026-01-01-aaaaaaa-quality.json", ROWS)
+    """The newest budget and code of a device count alone, in however many files they are."""
+    cpu = tmp_path / "cpu"
+    old = written(cpu / "2026-01-01-aaaaaaa-quality.json", ROWS, "aaaaaaa")
     for one in old.document["benchmarks"]:
         one["extra_info"]["taken"] = "1999-01-01T00:00:00"
     old.document["datetime"] = "2999-01-01T00:00:00"  # begun last
     old.write()
-    path = tmp_path / "cpu" / "2026-01-02-bbbbbbb-quality.json"
-    results = written(path, [row(IJEPA, 0, 0.9, steps=10)])
-    (runs,) = newest_runs(tmp_path, {IJEPA})
-    assert runs.figure(IJEPA, "knn") == Figure(0.9, None) and list(runs.rows) == [IJEPA]
-    results.add(row(IJEPA, 1, 0.9, steps=20))
-    with pytest.raises(ValueError, match="one budget"):
-        newest_runs(tmp_path, {IJEPA})
+    results = written(cpu / "a.json", [row(IJEPA, 0, 0.9, steps=10)], "bbbbbbb")
+    written(cpu / "b.json", [row("mae", 0, 0.8, steps=10), row("stop", 0, 0.1)], "bbbbbbb")
+    written(cpu / "c.json", [row("droppos", 0, 0.7, steps=10)], "ccccccc")
+
+    def shown():
+        (runs,) = newest_runs(tmp_path, {IJEPA})
+        return {arm: runs.figure(arm, "knn").mean for arm in runs.rows}, runs.commits
+
+    assert shown() == ({IJEPA: 0.9, "mae": 0.8}, ("bbbbbbb",))
+    again = row(IJEPA, 0, 0.5, steps=10)
+    results.add({"extra_info": {**again["extra_info"], "key": "again"}})
+    assert shown()[0][IJEPA] == 0.5
+    results.document["provenance"][0]["dirty"] = True
+    results.write()
+    assert shown() == ({IJEPA: 0.5}, ("bbbbbbb, altered",))
 
 
 SMALL = ("--steps", "10", "--batch", "8", "--images", "200", "--known", "100", "--asked", "50")

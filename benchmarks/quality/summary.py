@@ -22,7 +22,7 @@ class Figure(NamedTuple):
 
 @dataclass(frozen=True)
 class Runs:
-    """All runs of one file, which have one budget."""
+    """Runs of one budget, by one code."""
 
     device: str
     """Folder of the results."""
@@ -62,35 +62,51 @@ def interval(scores: Iterable[float]) -> Figure | None:
 
 
 def newest_runs(folder: Path, arms: Collection[str]) -> list[Runs]:
-    """Return each device's file with the newest run of these arms, with all other arms that it has.
+    """Return each device's newest runs of these arms, with all others of their budget and code.
 
-    Files are never mixed: their budgets may differ.
-
-    Raises:
-        ValueError: such a file with runs of several budgets.
+    Those are the runs of the same settings in the same file, or of the same commit in another one: arms
+    can be shared out between processes, each with a file of its own. A run that was taken twice counts
+    once, the later one.
     """
-    found: dict[str, tuple[str, Runs]] = {}
+    found: dict[str, list[_Run]] = {}
     for results in all_results(folder):
-        rows = results.rows(kind="quality")
-        times = [r["extra_info"]["taken"] for r in rows if r["extra_info"]["arm"] in arms]
-        if not times:
-            continue
-        device, taken = results.path.parent.name, max(times)
-        if device not in found or found[device][0] <= taken:
-            found[device] = (taken, _runs(results, rows))
-    return [runs for _, runs in found.values()]
+        for row in results.rows(kind="quality"):
+            one = _Run(row["extra_info"], _commit(results, row), results.path)
+            found.setdefault(results.path.parent.name, []).append(one)
+    return [
+        _together(device, max(own, key=_taken), runs)
+        for device, runs in found.items()
+        if (own := [one for one in runs if one.info["arm"] in arms])
+    ]
 
 
-def _runs(results: Results, rows: list[Row]) -> Runs:
-    infos = [row["extra_info"] for row in rows]
-    if any(info["settings"] != infos[0]["settings"] for info in infos):
-        raise ValueError(f"expected runs of one budget in {results.path}, got several")
-    by_arm: dict[str, dict[int, Row]] = {}
-    for name in sorted({info["arm"] for info in infos}, key=list(ARMS).index):
-        of_arm = [info for info in infos if info["arm"] == name]
-        by_arm[name] = {info["seed"]: info for info in sorted(of_arm, key=lambda i: i["seed"])}
-    origins = [results.document["provenance"][info["run"]] for info in infos]
-    commits = [str(o["commit"])[:7] + (", altered" if o["dirty"] else "") for o in origins]
-    return Runs(
-        results.path.parent.name, infos[0]["settings"], tuple(dict.fromkeys(commits)), by_arm
-    )
+class _Run(NamedTuple):
+    info: Row
+    commit: str
+    path: Path
+
+
+def _taken(one: _Run) -> str:
+    return one.info["taken"]
+
+
+def _commit(results: Results, row: Row) -> str:
+    origin = results.document["provenance"][row["extra_info"]["run"]]
+    return str(origin["commit"])[:7] + (", altered" if origin["dirty"] else "")
+
+
+def _together(device: str, newest: _Run, runs: list[_Run]) -> Runs:
+    """The newest run and those that can be compared with it; altered code is another in every file."""
+    altered, told = newest.commit.endswith("altered"), newest.info["settings"]
+    same = [
+        one
+        for one in sorted(runs, key=_taken)
+        if one.info["settings"] == told
+        and (one.path == newest.path or (one.commit == newest.commit and not altered))
+    ]
+    by_arm: dict[str, dict[int, Row]] = {
+        name: {} for name in ARMS if name in {one.info["arm"] for one in same}
+    }
+    for one in same:
+        by_arm[one.info["arm"]][one.info["seed"]] = one.info
+    return Runs(device, told, tuple(dict.fromkeys(one.commit for one in same)), by_arm)
