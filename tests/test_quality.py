@@ -208,11 +208,16 @@ def test_budgets_are_never_mixed(tmp_path):
         return {arm: runs.figure(arm, "knn").mean for arm in runs.rows}, runs.commits
 
     assert shown() == ({IJEPA: 0.9, "mae": 0.8}, ("bbbbbbb",))
-    again = row(IJEPA, 0, 0.5, steps=10)
-    results.add({"extra_info": {**again["extra_info"], "key": "again"}})
-    assert shown()[0][IJEPA] == 0.5
-    results.document["provenance"][0]["dirty"] = True
-    results.write()
+    again = row(IJEPA, 0, 0.5, steps=10)["extra_info"]
+    results.add({"extra_info": {**again, "key": "again"}})
+    for taken, score in (("2000-01-01T00:00:00", 0.9), ("2999-01-01T00:00:00", 0.5)):
+        results.document["benchmarks"][-1]["extra_info"]["taken"] = taken
+        results.write()
+        assert shown()[0][IJEPA] == score
+    for path in (cpu / "a.json", cpu / "b.json"):
+        file = Results.open(path)
+        file.document["provenance"][0]["dirty"] = True
+        file.write()
     assert shown() == ({IJEPA: 0.5}, ("bbbbbbb, altered",))
 
 
