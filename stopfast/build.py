@@ -51,11 +51,11 @@ _BUCKET = 8
 def fastest(config: Config, device: torch.device) -> Config:
     """Return settings with every switch on that makes a step faster on a device at equal numbers.
 
-    On a GPU: our attention, which takes padded lengths; the update in one kernel; compiled blocks, which
-    fuse what lies between the products; buckets of lengths; masks drawn ahead; the target encoder on a
-    stream of its own; steps as CUDA graphs (unless in fp16, whose loss scaler no graph holds); and in
-    bf16 compute copies of the weights. On the CPU nothing is launch-bound, and what leaves out
-    unused work is all that helps.
+    On a GPU: the update in one kernel; compiled blocks, which fuse what lies between the products; masks
+    drawn ahead; steps as CUDA graphs (unless in fp16, whose loss scaler no graph holds); in bf16 compute
+    copies of the weights; and for I-JEPA and StoP, whose lengths change and which have a teacher, buckets
+    of lengths, our attention, which takes padded ones, and the target encoder on a stream of its own. On
+    the CPU nothing is launch-bound, and what leaves out unused work is all that helps.
     """
     step = replace(config.step, fast=True, skip_unused=True, ahead=True)
     if device.type != "cuda":
@@ -63,13 +63,12 @@ def fastest(config: Config, device: torch.device) -> Config:
     step = replace(
         step,
         ops="auto",
-        attention="triton",
         compile=True,
-        bucket=_BUCKET,
         copies=step.precision == "bf16",
-        target_stream=True,
         graphs=step.precision != "fp16",
     )
+    if isinstance(config.objective, JepaConfig):
+        step = replace(step, attention="triton", bucket=_BUCKET, target_stream=True)
     return replace(config, step=step, optim=replace(config.optim, optimizer="adamw_ema"))
 
 

@@ -1,6 +1,7 @@
 """What is watched while a run trains, since a loss that falls says nothing about collapse."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 
 import numpy as np
 import torch
@@ -88,19 +89,22 @@ class Monitors:
         """What the objective tells of some watched images, always with the same draws."""
         images = self.watched.subset(_spread(len(self.watched), _VARIANCE_IMAGES))
         totals: dict[str, float] = {}
-        batches = self._batches(images, objective.transforms)
-        for number, batch in enumerate(batches):
-            count = len(batch.images)
-            with autocast(self.device, self.config.step.precision):
-                found = objective.measures(
-                    batch.images, objective.draws(_LOOK, count, slice(0, count))
-                )
-            for name, value in found.items():
-                before = totals.get(name, 0.0)
-                totals[name] = before + (value.item() - before) / (number + 1)
+        done = 0
+        with closing(self._batches(images, objective.transforms)) as batches:
+            for batch in batches:
+                part = slice(done, done + len(batch.images))
+                with autocast(self.device, self.config.step.precision):
+                    draws = objective.draws(_LOOK, len(images), part)
+                    found = objective.measures(batch.images, draws)
+                if not found:
+                    break
+                share = len(batch.images) / len(images)
+                for name, value in found.items():
+                    totals[name] = totals.get(name, 0.0) + share * value.item()
+                done = part.stop
         return totals
 
-    def _batches(self, images: Images, transforms: Transforms) -> Iterator[Batch]:
+    def _batches(self, images: Images, transforms: Transforms) -> Generator[Batch, None, None]:
         data = self.config.data
         return eval_batches(
             images,

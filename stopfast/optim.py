@@ -132,7 +132,8 @@ def build_optimizer(
         optimizer = _apex_fused_adam()(recipe.groups, **settings, adam_w_mode=True)
     else:
         raise ValueError(f"expected auto, adamw_ema, torch or apex, got {implementation!r}")
-    optimizer.register_step_post_hook(partial(_average, pairs))
+    if pairs:
+        optimizer.register_step_post_hook(partial(_average, pairs))
     return optimizer
 
 

@@ -42,7 +42,7 @@ def test_published_values(name: str):
     published = DropPosConfig(
         mask_ratio=0.75, position_mask_ratio=0.75, position_token="param", shuffle=False,
         sigma=1.0, sigma_decay=True, attentive=True, temperature=0.1, ignore_confident=False,
-        multi_task=False, **released,  # type: ignore[arg-type]
+        multi_task=False, position_weight=0.05 if model.depth == 12 else 0.1, **released,  # type: ignore[arg-type]
     )  # fmt: skip
     assert config.objective == published
     corrected = replace(published, smoothing_grid="corrected", smoothing_norm="corrected")

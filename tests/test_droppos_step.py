@@ -180,9 +180,11 @@ def test_noise(variant: Any, apply_to: Any):
     told = torch.zeros(4, 8).scatter(1, draws.position_order[:, :2], 1)[..., None]
     noisy = {"masked": 1 - told, "context": told, "both": torch.ones_like(told)}[apply_to]
     std = {"stop": 0.25, "stop_paper": 0.5}[variant]
-    normals = positional_noise(
-        torch.tensor([0, 2]), torch.arange(4, 8), 1, 1, 8, WIDTH, context=True
-    )[0]
+    pixels_own, normals = positional_noise(
+        torch.tensor([0, 2]), torch.arange(4, 8), 1, 2, 8, WIDTH, context=True
+    )[0].split(4)
+    # The pixel decoder's context draws the first copy: the two losses' noise is not the same.
+    assert not torch.equal(pixels_own, normals)
     expected = features.clone()
     expected[:, 1:] += std * normals * noisy
     assert relative_error(given[0], expected) < 1e-6

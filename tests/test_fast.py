@@ -46,6 +46,14 @@ def test_flags_go_before_fast(flags, other, monkeypatch, capsys):
         assert found["optim"]["optimizer"] == "adamw_ema"
 
 
+@pytest.mark.parametrize("name", ["droppos-vit-b16", "mae-vit-b16", "beyond-zoomed-out"])
+def test_lengths_that_stay_need_no_buckets(name):
+    """Nor our attention, which takes padded lengths, nor a stream for a teacher that is not there."""
+    step = fastest(PRESETS[name](), GPU).step
+    assert (step.attention, step.bucket, step.target_stream) == ("auto", 1, False)
+    assert step.compile and step.graphs == (step.precision != "fp16")
+
+
 def test_fast_on_a_cpu_leaves_the_rest_alone():
     fast = fastest(CONFIG, torch.device("cpu"))
     assert fast == replace(CONFIG, step=replace(CONFIG.step, fast=True))

@@ -1,6 +1,7 @@
 """Degradations that leave all in its place, or nearly: none, and (c), (d) and (e) of Beyond Masking."""
 
 import math
+from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F
@@ -152,7 +153,7 @@ class Blurred(Undegraded):
         check_images(images, self.source)
         batch = images.shape[0]
         groups = batch if self.mixed else 3 * batch
-        with torch.autocast(images.device.type, enabled=False):
+        with torch.autocast(images.device.type, enabled=False), _exact_convolutions():
             stacked = images.reshape(1, 3 * batch, *self.size)
             weights = draws.flatten(0, 1).to(images.dtype)
             blurred = F.conv2d(stacked, weights, padding=self._KERNEL // 2, groups=groups)
@@ -162,6 +163,18 @@ class Blurred(Undegraded):
         # Filled and not copied from the host, which a captured graph could not replay.
         bias = torch.cat([blurred.new_full((1,), each) for each in self.bias])
         return blurred + bias[:, None, None]
+
+
+def _exact_convolutions() -> AbstractContextManager[None]:
+    """cuDNN as it is set, but for TF32, which it takes for fp32 by default: images would be off by 1e-3."""
+    cudnn = torch.backends.cudnn
+    return cudnn.flags(
+        enabled=cudnn.enabled,
+        benchmark=cudnn.benchmark,
+        benchmark_limit=cudnn.benchmark_limit,
+        deterministic=cudnn.deterministic,
+        allow_tf32=False,
+    )
 
 
 class Decolorized(Undegraded):

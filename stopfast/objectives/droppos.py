@@ -254,9 +254,10 @@ class DropPos:
         if self.noise_std is None:
             return None
         width = self.encoder.embed_dim
+        # Of a second copy, since the first is what the pixel decoder's context draws.
         normals = positional_noise(
-            draws.seed, draws.sample_ids, 1, 1, self.visible, width, context=True
-        )[0]
+            draws.seed, draws.sample_ids, 1, 2, self.visible, width, context=True
+        )[0, len(asked) :]
         noisy = {"masked": asked, "context": ~asked, "both": torch.ones_like(asked)}[self.apply_to]
         return normals * (self.noise_std * noisy[..., None])
 

@@ -49,7 +49,9 @@ def _optim(epochs: int, warmup: int, batch: int) -> OptimConfig:
     )
 
 
-def _droppos(name: str, size: Size, warmup: int, micro_batch: int) -> Config:
+def _droppos(
+    name: str, size: Size, *, warmup: int, micro_batch: int, position_weight: float
+) -> Config:
     return Config(
         preset=name,
         data=DataConfig(batch_size=BATCH, threads=8, transforms=_CROPS),
@@ -61,7 +63,11 @@ def _droppos(name: str, size: Size, warmup: int, micro_batch: int) -> Config:
             predictor_depth=2,
             predictor_num_heads=16,
         ),
-        objective=DropPosConfig(smoothing_grid="released", smoothing_norm="released"),
+        objective=DropPosConfig(
+            smoothing_grid="released",
+            smoothing_norm="released",
+            position_weight=position_weight,
+        ),
         optim=replace(_optim(800, warmup, BATCH), clip="per_tensor", clip_norm=5.0),
         step=StepConfig(precision="fp32", accumulate=BATCH // micro_batch),
     )
@@ -69,12 +75,12 @@ def _droppos(name: str, size: Size, warmup: int, micro_batch: int) -> Config:
 
 def droppos_vit_b16() -> Config:
     """DropPos, ViT-B/16, 800 epochs, as released for ImageNet-1k."""
-    return _droppos("droppos-vit-b16", "base", 10, 64)
+    return _droppos("droppos-vit-b16", "base", warmup=10, micro_batch=64, position_weight=0.05)
 
 
 def droppos_vit_l16() -> Config:
     """DropPos, ViT-L/16, 800 epochs, as released for ImageNet-1k."""
-    return _droppos("droppos-vit-l16", "large", 40, 128)
+    return _droppos("droppos-vit-l16", "large", warmup=40, micro_batch=128, position_weight=0.1)
 
 
 def mae_vit_b16() -> Config:
