@@ -9,6 +9,7 @@ import torch
 
 from stopfast.cli import main
 from stopfast.export import export_run
+from stopfast.finetuning import RECIPES, finetune_settings
 from stopfast.presets import PRESETS
 from tests.small_runs import settings, write_checkpoint
 
@@ -95,3 +96,19 @@ def test_switches_of_the_presets():
     for flag in re.findall(r"`--([\w-]+\.[\w.-]+)", text):
         if not flag.startswith("recipe."):
             assert any(_setting(config, flag) != "absent" for config in kinds), flag
+
+
+def test_recipes_of_the_table():
+    text = (ROOT / "docs" / "fine-tuning.md").read_text()
+    table = text.split("\n## Recipes\n")[1]
+    rows = re.findall(r"\| `([\w-]+)` \|.*\| (\d+) \| (\d+) \| ([\d.e-]+) \|", table)
+    told = {name: (int(e), int(b), pytest.approx(float(lr))) for name, e, b, lr in rows}
+    assert told == {n: (r.epochs, r.batch_size, r.top_lr) for n, r in RECIPES.items()}
+
+
+def test_flags_of_fine_tuning(capsys):
+    with pytest.raises(SystemExit):
+        finetune_settings(["--recipe", "droppos-b", "--help"])
+    known = set(re.findall(r"--[a-z][\w.-]*", capsys.readouterr().out)) | {"--recipe"}
+    text = (ROOT / "docs" / "fine-tuning.md").read_text()
+    assert not set(re.findall(r"--[a-z][\w.-]*", text)) - known

@@ -1,6 +1,7 @@
 """Fine-tuning: published values, and what model, rates and step compute."""
 
 import math
+import pickle
 import re
 from copy import deepcopy
 from dataclasses import replace
@@ -8,11 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image, ImageOps
 from torch.nn import functional as F
 
 from stopfast import VisionTransformer
+from stopfast.config import Transforms
 from stopfast.finetuning import RECIPES, finetune_settings
-from stopfast.finetuning.chance import Stream, seed_device
+from stopfast.finetuning.chance import Stream, seed_device, seed_host
+from stopfast.finetuning.data import train_transform
 from stopfast.finetuning.step import FinetuneStep, decayed_groups, rate_schedule
 from stopfast.networks import build_encoder
 from tests.small_classifier import (
@@ -27,6 +31,7 @@ from tests.small_classifier import (
 
 pytest.importorskip("timm", reason="timm is not installed")
 from timm.data import Mixup
+from timm.data.auto_augment import RandAugment
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
 
@@ -129,6 +134,31 @@ def test_recipes_that_cannot_work_are_refused(change, told):
 def test_a_recipe_must_be_named(arguments):
     with pytest.raises(ValueError, match="expected --recipe with one of droppos-b"):
         finetune_settings(["run", "--data", "d", *arguments])
+
+
+@pytest.fixture
+def published_transform():
+    """As a spawned worker gets it."""
+    made = train_transform(Transforms(size=(8, 8)), RECIPES["droppos-b"])
+    return pickle.loads(pickle.dumps(made))
+
+
+@pytest.mark.parametrize(("level", "bits"), [(10, 0), (9, 1), (5, 2)])
+def test_posterized_to_few_bits(published_transform, level, bits):
+    (augment,) = [t for t in published_transform.transforms if isinstance(t, RandAugment)]
+    (op,) = [op for op in augment.ops if op.name == "PosterizeIncreasing"]
+    op.prob, op.magnitude, op.magnitude_std = 1.0, level, 0.0
+    image = Image.effect_noise((8, 6), 60).convert("RGB")
+    black = Image.new("RGB", (8, 6))
+    assert op(image) == (ImageOps.posterize(image, bits) if bits else black)
+
+
+def test_no_draw_of_the_published_augmentation_fails(published_transform):
+    """About one in 660 draws posterizes to 0 bits."""
+    image = Image.effect_noise((8, 8), 60).convert("RGB")
+    for sample in range(3000):
+        seed_host(0, Stream.IMAGE, 0, sample)
+        assert published_transform(image).shape == (3, 8, 8)
 
 
 def scale_by_hand(name):

@@ -3,6 +3,8 @@
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,7 +73,7 @@ def train_transform(transforms: Transforms, recipe: Recipe) -> Callable[[Image.I
     """Return timm's augmentation: crop, flip, RandAugment or colour jitter, erasing by noise."""
     from timm.data.transforms_factory import create_transform
 
-    return create_transform(  # type: ignore[return-value]
+    transform: Any = create_transform(
         input_size=(3, *transforms.size),
         is_training=True,
         scale=recipe.crop_scale,
@@ -84,6 +86,28 @@ def train_transform(transforms: Transforms, recipe: Recipe) -> Callable[[Image.I
         mean=transforms.mean,
         std=transforms.std,
     )
+    _allow_no_bits(transform.transforms)
+    return transform
+
+
+def _allow_no_bits(transforms: Iterable[Any]) -> None:
+    """Let RandAugment, where there is one, posterize to less than a bit."""
+    from timm.data.auto_augment import RandAugment, posterize
+
+    for augment in transforms:
+        for op in augment.ops if isinstance(augment, RandAugment) else ():
+            if op.aug_fn is posterize:
+                op.aug_fn = partial(_posterize, posterize)
+
+
+def _posterize(
+    several_bits: Callable[..., Image.Image], image: Image.Image, bits: int, **rest: object
+) -> Image.Image:
+    # At its highest level, which a deviation of levels reaches, timm asks for 0 bits. For the published
+    # programs Pillow made that a black image; from version 13 it refuses.
+    if bits < 1:
+        return Image.new(image.mode, image.size)
+    return several_bits(image, bits, **rest)
 
 
 def eval_transform(transforms: Transforms, recipe: Recipe) -> Callable[[Image.Image], Tensor]:
