@@ -14,7 +14,8 @@ def visible_count(patches: int, mask_ratio: float) -> int:
     count = int(patches * (1 - mask_ratio))
     if count < 1:
         raise ValueError(
-            f"expected a mask_ratio that leaves one of {patches} patches, got {mask_ratio}"
+            f"expected a mask_ratio of at most {1 - 1 / patches:.6g}, which leaves one of "
+            f"{patches} patches, got {mask_ratio}"
         )
     return count
 

@@ -178,6 +178,9 @@ def different_settings(
     saved: Mapping[str, Any], wanted: Mapping[str, Any], free: Free = _FREE
 ) -> list[str]:
     """Return the settings that differ, with both values, but for those that may."""
+    objectives = [document.get("objective", {}).get("name") for document in (saved, wanted)]
+    if objectives[0] != objectives[1]:
+        return [f"objective.name: {objectives[1]} instead of {objectives[0]}"]
     different = []
     for section, values in wanted.items():
         before = saved.get(section)

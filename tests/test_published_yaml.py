@@ -113,7 +113,12 @@ IJEPA, STOP = (YAML.format(**FILES[name]) for name in ("ijepa-vit-h14", "stop-vi
     ("text", "old", "new", "expected"),
     [
         (IJEPA, "load_checkpoint: false", "load_checkpoint: true", {"run.resume": True}),
-        (IJEPA, "allow_overlap: false", "allow_overlap: true", {"objective.mask.allow_overlap": True}),
+        (
+            IJEPA,
+            "allow_overlap: false",
+            "allow_overlap: true",
+            {"objective.mask.allow_overlap": True},
+        ),
         (IJEPA, "use_bfloat16: true", "use_bfloat16: false", {"step.precision": "fp32"}),
         (IJEPA, "num_workers: 8", "num_workers: 0", {"data.threads": 1}),
         (IJEPA, "  pin_mem: true\n", "", {"data.threads": 8}),
@@ -122,7 +127,12 @@ IJEPA, STOP = (YAML.format(**FILES[name]) for name in ("ijepa-vit-h14", "stop-vi
         (IJEPA, "ipe_scale: 1.0", "ipe_scale: 1.25", {"optim.ipe_scale": 1.25}),
         (IJEPA, "strength: 0.0", "strength: 0.5", {"data.transforms.gray": 0.0}),
         (IJEPA, "flip: false", "flip: true", {"data.transforms.flip": 0.5}),
-        (IJEPA, "num_enc_masks: 1", "num_enc_masks: 2", {"objective.mask.nenc": 2, "objective.mask.npred": 4}),
+        (
+            IJEPA,
+            "num_enc_masks: 1",
+            "num_enc_masks: 2",
+            {"objective.mask.nenc": 2, "objective.mask.npred": 4},
+        ),
         (IJEPA, "weight_decay: 0.04", "weight_decay: 5e-2", {"optim.weight_decay": 0.05}),
         (STOP, "apply_stop: true", "apply_stop: false", {"noise.variant": "stop_off"}),
         (STOP, "target_blocks: 1", "target_blocks: 4", {"objective.target_blocks": 4}),

@@ -84,7 +84,13 @@ def test_what_costs_nothing_is_the_image(preset):
     view = degradation.view(images)
     blocky = images.clone()
     blocky[..., 4:36, 4:36] = unpatchify(
-        patchify(view, PATCH).mean(2, keepdim=True).expand(-1, -1, 48), PATCH, GRID
+        patchify(view, PATCH)
+        .unflatten(2, (-1, 3))
+        .mean(2, keepdim=True)
+        .expand(-1, -1, 16, -1)
+        .flatten(2),
+        PATCH,
+        GRID,
     )
     flat = predicted_images(degradation, target, torch.zeros(3, 64, 48), images)
     torch.testing.assert_close(

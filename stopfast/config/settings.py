@@ -52,6 +52,11 @@ class Config:
             f"expected a batch_size that accumulate={self.step.accumulate} divides, "
             f"got {self.data.batch_size}",
         )
+        require(
+            isinstance(self.objective, JepaConfig) or not self.optim.clip_encoder_only,
+            "expected --optim.clip-encoder-only with I-JEPA or StoP alone, got "
+            f"{self.objective.name}",
+        )
         if isinstance(self.objective, JepaConfig):
             require(
                 1 <= self.objective.target_blocks <= self.model.depth,

@@ -23,7 +23,7 @@ class OptimConfig:
     final_weight_decay: float = 0.4
     """Weight decay at the end of its cosine."""
     ema: Range = (0.996, 1.0)
-    """Momentum at the first step, and at the end of the schedule."""
+    """Momentum of a target encoder's average at the first step, and at the end of the schedule."""
     ipe_scale: float = 1.0
     """Length of the schedules over the length of the run."""
     fix_lr_thres: float = -1.0
@@ -50,7 +50,8 @@ class OptimConfig:
         require(self.epochs > 0, f"expected epochs > 0, got {self.epochs}")
         require(
             0 <= self.warmup < self.epochs * self.ipe_scale,
-            f"expected warmup in 0..epochs * ipe_scale, got {self.warmup}",
+            f"expected --optim.warmup below epochs * ipe_scale = {self.epochs * self.ipe_scale:g}, "
+            f"got {self.warmup}",
         )
         require(
             0 <= self.ema[0] <= self.ema[1] <= 1,

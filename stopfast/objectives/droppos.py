@@ -82,7 +82,10 @@ class DropPos:
     ) -> None:
         patches = encoder.patch_embed.num_patches
         if encoder.cls_token is None or not decoder.class_token:
-            raise ValueError("expected encoder and decoder with a class token, got one without")
+            raise ValueError(
+                "expected --model.class-token: DropPos's encoder and decoder have a class token, got one "
+                "without"
+            )
         widths = decoder.decoder_embed.in_features, decoder.decoder_pred.out_features
         if widths != (encoder.embed_dim, patches):
             raise ValueError(

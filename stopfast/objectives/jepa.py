@@ -82,7 +82,10 @@ class Jepa:
         if len(set(grids)) != 1:
             raise ValueError(f"expected one grid for encoder, predictor and masks, got {grids}")
         if encoder.cls_token is not None or predictor.class_token:
-            raise ValueError("expected encoder and predictor without a class token")
+            raise ValueError(
+                "expected --model.no-class-token: I-JEPA's and StoP's encoder and predictor have none, "
+                "got one with it"
+            )
         if encoder.embed_dim != predictor.embed_dim:
             raise ValueError(
                 f"expected a predictor of the encoder's width {encoder.embed_dim}, "

@@ -132,7 +132,7 @@ def _described(build: Callable[[], Config], text: str) -> Callable[[], Config]:
     return build
 
 
-_NAMED = {"decolorized": "de-colorized", "blurred": "blurred (our reconstruction of it)"}
+_NAMED = {"blurred": "blurred (our reconstruction of it)"}
 PUBLISHED: tuple[Callable[[], Config], ...] = (
     droppos_vit_b16,
     droppos_vit_l16,

@@ -1,4 +1,8 @@
-"""Every objective on 32-pixel images with one small encoder, for a CPU: only the objectives differ."""
+"""Every objective on 32-pixel images with one small encoder, for a CPU.
+
+Only the objectives differ, but that DropPos and MAE have a class token, and DropPos is clipped tensor by
+tensor, as published.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
