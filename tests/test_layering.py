@@ -18,6 +18,11 @@ ONLY_IMPORTED_BY = {"stopfast.train": {"stopfast.commands", "stopfast.demo"}}
 MAY_IMPORT_INSIDE_FUNCTIONS = {"stopfast", "stopfast.cli"}
 NEVER_IMPORTED_BY_THE_LIBRARY = ("benchmarks", "tests")
 
+# What takes steps knows of an objective what the protocol says, and of its settings nothing.
+LOOP = ("train", "step", "monitors", "run_state", "checkpoint", "journal", "progress")
+OBJECTIVES = "stopfast.objectives"
+SETTINGS_OF_OBJECTIVES = {"DropPosConfig", "JepaConfig", "ReconstructionConfig"}
+
 KERNELS = "stopfast.kernels"
 KERNELS_SEEN_FROM_OUTSIDE = f"{KERNELS}.ops"
 ANY_SIBLING = (KERNELS,)
@@ -145,6 +150,19 @@ def _check_imports(path: str, imports: list[Import]) -> Iterator[str]:
             yield f"library alone: {at}: imports {target}"
 
 
+def _check_loop(path: str, tree: ast.Module, imports: list[Import]) -> Iterator[str]:
+    """No objective of a name: nothing of the package but its protocol, no settings under any name."""
+    if not any(_within(_module(path), f"stopfast.{name}") for name in LOOP):
+        return
+    for target, line, _, _ in imports:
+        if _within(target, OBJECTIVES) and target != OBJECTIVES:
+            yield f"loop: {path}:{line}: imports {target}"
+    for node in ast.walk(tree):
+        named = {ast.Name: "id", ast.Attribute: "attr", ast.alias: "name"}.get(type(node), "")
+        if named and (name := getattr(node, named)) in SETTINGS_OF_OBJECTIVES:
+            yield f"loop: {path}:{getattr(node, 'lineno', 0)}: names {name}"
+
+
 def _check_nothing_at_import(path: str, tree: ast.Module) -> Iterator[str]:
     aliases: dict[str, str] = {}
     for node in ast.walk(tree):
@@ -203,6 +221,7 @@ def check(files: dict[str, str]) -> list[str]:
         if path.startswith(("stopfast/", "kernels/")):
             library[_module(path)] = imports = list(_imports(path, tree, modules))
             breaches += _check_imports(path, imports)
+            breaches += _check_loop(path, tree, imports)
             breaches += _check_nothing_at_import(path, tree)
     return breaches + list(_check_cycles(library))
 
@@ -258,6 +277,10 @@ SOUND = {
     "    from stopfast.data.loader import Loader\ndef f():\n    torch.cuda.synchronize()\n"
     "    return os.environ['X']",
     "stopfast/encoder.py": "from stopfast.kernels.ops import EAGER",
+    "stopfast/monitors.py": "from stopfast.objectives import Objective",
+    "stopfast/objectives/__init__.py": "from typing import Protocol",
+    "stopfast/objectives/jepa.py": "from stopfast.config import JepaConfig",
+    "stopfast/step/__init__.py": "from stopfast.objectives import Objective",
     "stopfast/train.py": "import stopfast.data.loader\nfrom stopfast import config, encoder",
     "tests/test_train.py": "import os\nfrom stopfast import train\nX = os.environ.get('X')",
 }
@@ -288,6 +311,12 @@ PLANTED = [
     ("importers table", "stopfast/verify.py", "from stopfast.train import run"),
     ("importers table", "stopfast/verify.py", "from stopfast import train"),
     ("importers table", "stopfast/verify.py", "import stopfast.train as t"),
+    ("loop", "stopfast/train.py", "from stopfast.objectives.jepa import Jepa"),
+    ("loop", "stopfast/monitors.py", "from stopfast.objectives import jepa"),
+    ("loop", "stopfast/step/__init__.py", "from ..objectives.jepa import Jepa"),
+    ("loop", "stopfast/train.py", "from stopfast.config import JepaConfig as Settings"),
+    ("loop", "stopfast/train.py", "from stopfast import config\nX = config.DropPosConfig"),
+    ("loop", "stopfast/run_state.py", "def f(x: object):\n    return isinstance(x, JepaConfig)"),
     ("library alone", "stopfast/encoder.py", "from tests.helpers import x"),
     ("library alone", "stopfast/encoder.py", "import benchmarks"),
     ("inside a function", "stopfast/encoder.py", "def f():\n    from . import config"),

@@ -18,18 +18,20 @@ from tests import small_droppos, small_reconstruction, test_combinations, test_o
 
 RATES: dict[str, Any] = {"lr": lambda step: 6e-3, "weight_decay": lambda step: 0.04}
 STILL: dict[str, Any] = {"momentum": lambda step: 1.0}
+CONTRAST = 3
+"""By which a new teacher's features are those of images, and hardly to be guessed from positions alone."""
 Task = tuple[Objective[Any], Tensor]
 
 
 def jepa(noise: dict[str, Any]) -> Task:
     objective = test_objective.build(noise=noise, lr=RATES["lr"], **STILL)
-    return objective, test_objective.images()
+    return objective, CONTRAST * test_objective.images()
 
 
 def stop_degraded(kind: str) -> Task:
     objective = test_combinations.degraded_jepa(kind)
     objective.update = UpdateRule(**RATES, **STILL)
-    return objective, test_combinations.images_of(objective)
+    return objective, CONTRAST * test_combinations.images_of(objective)
 
 
 def stop_mae() -> Task:
@@ -55,9 +57,12 @@ TASKS: dict[str, Callable[[], Task]] = {
 
 @pytest.mark.parametrize("task", TASKS)
 def test_one_batch_is_learned(task: str):
+    """I-JEPA and StoP to 0.07 of the first loss: what 15 of 32 directions leave, for a predictor of
+    width 16 whose output is layer-normed has no more. The others to below 0.01.
+    """
     objective, images = TASKS[task]()
     draws = objective.draws(1, 2, slice(0, 2))
     objective.draws = lambda *_: draws  # type: ignore[method-assign]
     step = TrainStep(objective)
-    losses = [step(images[:2], number).loss for number in range(1, 201)]
+    losses = [step(images[:2], number).loss for number in range(1, 301)]
     assert losses[-1] < 0.1 * losses[0], (losses[0], losses[-1])

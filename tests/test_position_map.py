@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.engine.agreement import relative_error
 from stopfast.kernels.ops import EAGER, FUSED, Ops, Smoothing, position_map
 from tests.golden_files import golden
 
@@ -35,6 +36,27 @@ def test_golden_map(sigma: str):
     side = settings["grid"]
     found = whole("column", settings["sigma"], (side, side))[: len(expected)]
     assert (found - expected).abs().max() <= 2e-7  # the file is fp32
+
+
+@pytest.mark.spec(33)
+@pytest.mark.parametrize("sigma", ["0.5", "1.0", "2.0"])
+@BOTH
+def test_gradient_of_the_golden_map(sigma: str, ops: Ops, device: torch.device):
+    """Of equal logits and weights it is each label's sum over 196, less the label: no map of ours."""
+    settings, tensors = golden(f"droppos_smooth_map_{sigma}", device)
+    labels, side = tensors["map"].double(), settings["grid"]
+    count, positions = labels.shape
+    logits = torch.zeros(1, count, positions, device=device, requires_grad=True)
+    loss = ops.position_cross_entropy(
+        logits,
+        torch.arange(count, device=device)[None],
+        torch.ones(1, count, device=device),
+        torch.tensor(settings["sigma"], device=device),
+        Smoothing((side, side), "column"),
+    )
+    (gradient,) = torch.autograd.grad(loss, logits)
+    expected = (labels.sum(1, keepdim=True) / positions - labels) / count
+    assert relative_error(gradient[0], expected) < 1e-6
 
 
 @pytest.mark.spec(33)
