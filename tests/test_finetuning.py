@@ -30,9 +30,9 @@ from tests.small_classifier import (
 )
 
 pytest.importorskip("timm", reason="timm is not installed")
-from timm.data import Mixup
 from timm.data.auto_augment import RandAugment
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.data.mixup import Mixup
+from timm.loss.cross_entropy import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
 
 @pytest.fixture(scope="module")

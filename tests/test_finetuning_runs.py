@@ -47,7 +47,7 @@ from tests.small_classifier import (
 )
 
 timm = pytest.importorskip("timm", reason="timm is not installed")
-from timm.data import resolve_model_data_config  # noqa: E402
+from timm.data.config import resolve_model_data_config  # noqa: E402
 
 QUIET = Console(file=open(os.devnull, "w"))  # noqa: SIM115
 
@@ -83,7 +83,7 @@ def settings(pretrained, photographs, output, recipe=PLAIN, **other):
 def test_an_image_is_a_function_of_its_epoch_and_number(photographs):
     images = labelled(photographs, "train", RANDOM)
     first, label = images[2, 7]
-    random.random(), np.random.rand(), torch.rand(1)
+    _ = random.random(), np.random.rand(), torch.rand(1)
     again, _ = images[2, 7]
     assert torch.equal(first, again) and label == images.images.labels[7]
     assert not any(torch.equal(first, images[key][0]) for key in [(3, 7), (2, 8)])
