@@ -197,9 +197,9 @@ def clip_gradients(recipe: OptimizerRecipe) -> None:
         # As clip_grad_norm_ does with each, in an eighth of the launches.
         gradients = [p.grad for p in recipe.clipped if p.grad is not None]
         if gradients:
-            norms = torch.stack(torch._foreach_norm(gradients))
+            norms = torch.stack(torch._foreach_norm(gradients))  # type: ignore[attr-defined]
             scales = (recipe.clip_norm / (norms + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(gradients, list(scales.unbind()))
+            torch._foreach_mul_(gradients, list(scales.unbind()))  # type: ignore[attr-defined]
 
 
 def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
