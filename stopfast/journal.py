@@ -6,6 +6,7 @@ make the host wait for every step.
 
 import csv
 import json
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
@@ -202,3 +203,15 @@ def open_sinks(config: Config, folder: Path, done: int) -> list[Sink]:
     if config.run.wandb is not None:
         sinks.append(_WeightsAndBiases(config.run.wandb, folder, config))
     return sinks
+
+
+def last_finite(losses: list[float], last: int) -> float:
+    """Return the last of the losses up to step ``last``, NaN where there are none.
+
+    Raises:
+        FloatingPointError: one that is not finite.
+    """
+    for back, loss in enumerate(reversed(losses)):
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"step {last - back}: the loss is {loss}")
+    return losses[-1] if losses else math.nan

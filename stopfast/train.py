@@ -1,6 +1,5 @@
 """A training run: settings to objective, data, steps, progress, record, monitors and checkpoints."""
 
-import math
 import time
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from stopfast.data.digits import digits_folder
 from stopfast.data.images import Images, open_images, split_folder
 from stopfast.data.loader import TrainPlan, resolve_loader, train_batches
 from stopfast.data.scan import usable_images
-from stopfast.journal import STEPS, Journal, open_sinks, require_sinks
+from stopfast.journal import STEPS, Journal, last_finite, open_sinks, require_sinks
 from stopfast.monitors import Monitors
 from stopfast.objectives import Objective
 from stopfast.progress import (
@@ -204,7 +203,7 @@ def _steps(run: _Run, monitors: Monitors, journal: Journal, request: StopRequest
             _record(run, journal, result, time.perf_counter() - begin, waited)
             stop, last = request.received, run.done == run.last_step
             if run.done % settings.log_every == 0 or last or stop:
-                loss = _finite(journal.flush(), run.done)
+                loss = last_finite(journal.flush(), run.done)
                 timing = meter.report()
                 bar.update(task, description=f"loss {loss:.4f}")
                 run.tell(
@@ -218,7 +217,7 @@ def _steps(run: _Run, monitors: Monitors, journal: Journal, request: StopRequest
             save = run.done % settings.checkpoint_every == 0 and not last
             if look or save:
                 with meter.paused():
-                    _finite(journal.flush(), run.done)
+                    last_finite(journal.flush(), run.done)
                     if look:
                         _look(run, monitors, journal)
                     if save:
@@ -245,15 +244,3 @@ def _record(run: _Run, journal: Journal, result: StepResult, seconds: float, wai
     epoch = run.done / run.plan.steps_per_epoch
     row = {"step": run.done, "epoch": epoch, **result.scalars, "seconds": seconds, "waited": waited}
     journal.step(row, result.loss)
-
-
-def _finite(losses: list[float], last: int) -> float:
-    """The last of the losses up to step ``last``.
-
-    Raises:
-        FloatingPointError: one that is not finite.
-    """
-    for back, loss in enumerate(reversed(losses)):
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"step {last - back}: the loss is {loss}")
-    return losses[-1] if losses else math.nan

@@ -1,7 +1,6 @@
 """A fine-tuning run: settings to model, data, steps, record, accuracy and the folder for timm."""
 
 import json
-import math
 import time
 from contextlib import closing
 from dataclasses import asdict
@@ -35,7 +34,7 @@ from stopfast.finetuning.model import build_classifier, require_timm, write_clas
 from stopfast.finetuning.settings import FinetuneSettings
 from stopfast.finetuning.state import CHECKPOINTS, MODEL, RESULT, Run
 from stopfast.finetuning.step import FinetuneStep
-from stopfast.journal import Journal
+from stopfast.journal import Journal, last_finite
 from stopfast.progress import (
     Meter,
     Stopped,
@@ -207,7 +206,7 @@ def _steps(run: Run, journal: Journal, request: StopRequest) -> Accuracy | None:
             bar.update(task, completed=run.done)
             stop, whole = request.received, run.done % spe == 0
             if run.done % settings.log_every == 0 or whole or stop:
-                shown = _finite(journal.flush(), run.done)
+                shown = last_finite(journal.flush(), run.done)
                 timing = meter.report()
                 bar.update(task, description=f"loss {shown:.4f}")
                 run.tell(
@@ -239,18 +238,6 @@ def _look(run: Run, journal: Journal) -> Accuracy:
     journal.look({**row, "test_loss": accuracy.loss})
     run.tell(accuracy.describe())
     return accuracy
-
-
-def _finite(losses: list[float], last: int) -> float:
-    """The last of the losses up to step ``last``.
-
-    Raises:
-        FloatingPointError: one that is not finite.
-    """
-    for back, loss in enumerate(reversed(losses)):
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"step {last - back}: the loss is {loss}")
-    return losses[-1]
 
 
 def _finish(run: Run, accuracy: Accuracy) -> Path:
