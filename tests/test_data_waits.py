@@ -178,6 +178,7 @@ def test_draws_are_made_on_the_device(seed, step):
         masks=lambda *_, **__: None,
         encoder=SimpleNamespace(pos_embed=torch.zeros(1)),
         bucket=1,
+        degradation=None,
     )
     with _Operations() as operations:
         draws = Jepa.draws(objective, step, 8, slice(2, 5))  # pyright: ignore[reportArgumentType]

@@ -129,9 +129,9 @@ def test_pil_agrees_with_torchvision(photographs):
     for sample in range(0, len(photographs), 4):
         image = open_stored(photographs.read(sample))
         sizes = np.array([image.size[::-1]])
-        transforms = Transforms(flip=0.5, gray=0.5)
+        transforms = Transforms(size=size, flip=0.5, gray=0.5)
         drawn = random_draws(1, 0, np.array([sample]), sizes, transforms)
-        ours = torch.from_numpy(cut(image, drawn, 0, size).copy()).permute(2, 0, 1)
+        ours = torch.from_numpy(cut(image, drawn, 0, transforms).copy()).permute(2, 0, 1)
         (top, left), (height, width) = drawn.top_left[0].tolist(), drawn.size[0].tolist()
         raw = Image.open(io.BytesIO(photographs.read(sample))).convert("RGB")
 
